@@ -107,7 +107,9 @@ def module_batching(
     spec = CacheSpec.kv(
         num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, dtype=shape.dtype
     )
-    found = profile("cpu", model=shape, context=context, repetitions=repetitions)
+    found = profile(
+        "cpu", model=shape, device_bytes=1 << 30, host_bytes=1 << 30, context=context, repetitions=repetitions
+    )
     plans = {
         case: modules(spec, shape, found, context=context, grid=replace(grid, B=(batch,)))
         for case, grid in CASES.items()

@@ -1,20 +1,85 @@
-"""What a machine can do, as numbers: a ``HardwareProfile`` is measured once (``kvmem.plan.profile``), kept as JSON and
-planned with on any machine.
-"""
+"""What plans are made from: the sizes of a model, and what a machine can do, as numbers that are kept as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from math import log2
 from typing import Any
 
+import torch
+
 from kvmem.arguments import brief, check_bool, check_members, check_name, check_size
 from kvmem.errors import SpecError
 from kvmem.plan.clock import Link, exact_rate, exact_seconds
+from kvmem.spec.dtypes import dtype_name, parse_dtype
 
-__all__ = ["HardwareProfile", "MatmulRate"]
+__all__ = ["HardwareProfile", "MatmulRate", "ModelShape"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder whose layers are attention, a router and ``num_experts`` gated MLPs, of which each token takes
+    ``experts_per_token`` (Mixtral); a dense model has one.
+
+    hidden: width of the residual stream. expert_hidden: width inside an expert. dtype: of weights and activations.
+    tied: the output matrix is the embedding. Norms and biases, which are some thousandths, are not counted.
+    """
+
+    num_layers: int
+    hidden: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    experts_per_token: int
+    expert_hidden: int
+    vocab: int
+    dtype: torch.dtype | str = torch.bfloat16
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[:9]:
+            check_size(field.name, getattr(self, field.name))
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        check_bool("tied", self.tied)
+        if self.num_query_heads % self.num_kv_heads:
+            raise SpecError(f"num_query_heads: got {self.num_query_heads}, no multiple of {self.num_kv_heads} KV heads")
+        if self.experts_per_token > self.num_experts:
+            raise SpecError(f"experts_per_token: got {self.experts_per_token}; there are {self.num_experts} experts")
+
+    @cached_property
+    def element_bytes(self) -> int:
+        return parse_dtype(self.dtype).itemsize
+
+    @cached_property
+    def dtype_name(self) -> str:
+        return dtype_name(parse_dtype(self.dtype))
+
+    @cached_property
+    def query_width(self) -> int:
+        return self.num_query_heads * self.head_dim
+
+    @cached_property
+    def qkv_width(self) -> int:
+        return (self.num_query_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """What every token of a layer needs: the projections of attention, and the router."""
+        return self.element_bytes * self.hidden * (self.qkv_width + self.query_width + self.num_experts)
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """One expert of one layer: gate, up and down."""
+        return self.element_bytes * 3 * self.hidden * self.expert_hidden
+
+    @cached_property
+    def vocabulary_bytes(self) -> int:
+        """Embedding and output matrix."""
+        return self.element_bytes * self.vocab * self.hidden * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)
@@ -31,6 +96,9 @@ class MatmulRate:
         check_name("MatmulRate.dtype", self.dtype)
         check_size("MatmulRate.rows", self.rows)
         exact_rate(f"matmul of {self.rows} rows in {self.dtype}: flops_per_second", self.flops_per_second)
+
+
+LINKS = ("to_device", "to_host", "device_memory", "device_attention", "cpu_attention")
 
 
 @dataclass(frozen=True)
@@ -64,8 +132,7 @@ class HardwareProfile:
 
     def __post_init__(self) -> None:
         check_name("HardwareProfile.name", self.name)
-        for field in ("device_bytes", "host_bytes"):
-            check_size(field, getattr(self, field))
+        check_size("device_bytes", self.device_bytes), check_size("host_bytes", self.host_bytes)
         for field in LINKS:
             if not isinstance(getattr(self, field), Link):
                 raise SpecError(f"{field}: got {brief(getattr(self, field))}; must be a Link")
@@ -96,15 +163,8 @@ class HardwareProfile:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HardwareProfile:
         """The reverse of ``to_dict``; ``SpecError`` for what is missing, unknown or out of range."""
-        if not isinstance(values, Mapping):
-            raise SpecError(f"profile: got {brief(values)}; must be what to_dict() gave")
         try:
-            given = dict(values) | {field: Link(**values[field]) for field in LINKS}
-            given["matmul"] = tuple(MatmulRate(**rate) for rate in values["matmul"])
-            return cls(**given)
+            links = {field: Link(**values[field]) for field in LINKS}
+            return cls(**{**values, **links, "matmul": tuple(MatmulRate(**rate) for rate in values["matmul"])})
         except (KeyError, TypeError) as error:
-            named = [field.name for field in fields(cls)]
-            raise SpecError(f"profile: {error}; a profile has the fields {', '.join(named)}") from error
-
-
-LINKS = ("to_device", "to_host", "device_memory", "device_attention", "cpu_attention")
+            raise SpecError(f"profile: {error}; it has the fields {', '.join(f.name for f in fields(cls))}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import cycle
 from statistics import median
@@ -17,9 +16,8 @@ from kvmem.arguments import brief, check_members, check_size
 from kvmem.errors import DeviceError, SpecError
 from kvmem.kernels.write import write_kv
 from kvmem.plan.clock import Link
-from kvmem.plan.hardware import HardwareProfile, MatmulRate
+from kvmem.plan.hardware import HardwareProfile, MatmulRate, ModelShape
 from kvmem.plan.module_step import AttendStaged, attend_in_place, attend_staged
-from kvmem.plan.moe_shape import ModelShape
 from kvmem.plan.staging import StagingRing
 from kvmem.spec import CacheSpec
 from kvmem.spec.dtypes import dtype_name, parse_dtype
@@ -33,16 +31,15 @@ _KV_BYTES = 32 << 20  # of the sequences that are attended together, as far as 4
 
 
 def profile(
-    device: torch.device | str = "cpu", *, model: ModelShape, dtypes: tuple[torch.dtype, ...] | None = None,
-    context: int = 1024, device_bytes: int | None = None, host_bytes: int | None = None, repetitions: int = 7,
-    attend: AttendStaged | None = None,
+    device: torch.device | str = "cpu", *, model: ModelShape, device_bytes: int, host_bytes: int, context: int = 1024,
+    dtypes: tuple[torch.dtype, ...] | None = None, repetitions: int = 7, attend: AttendStaged = attend_staged,
 ) -> HardwareProfile:  # fmt: skip
     """A ``HardwareProfile`` of this machine; each time is the median of ``repetitions``.
 
     device: ``"cuda:N"``, or ``"cpu"``, where copies between two places of its memory stand for the links. model: its
-    widths, heads and dtype are those that are measured, with random values. dtypes: of the matmul rates, default the
-    model's. context: tokens of the longer of two lengths of sequences. device_bytes, host_bytes: default what is free
-    now. attend: the attention of ``ModuleStep(attend=)``.
+    widths, heads and dtype are those that are measured, with random values. device_bytes, host_bytes: what plans may
+    use. context: tokens of the longer of two lengths of sequences. dtypes: of the matmul rates, default the model's.
+    attend: as ``ModuleStep(attend=)``.
 
     Rates and latencies are the line through the times of two sizes. Run it while the machine does nothing else, with
     as many threads as the plan is for (``torch.set_num_threads``). Cost: seconds. ``SpecError`` for sizes that are no
@@ -52,18 +49,17 @@ def profile(
         raise SpecError(f"model: got {brief(model)}; must be a ModelShape")
     kinds = check_members("dtypes", (model.dtype,) if dtypes is None else dtypes, torch.dtype)
     check_size("context", context, 2 * _BLOCK), check_size("repetitions", repetitions)
+    check_size("device_bytes", device_bytes), check_size("host_bytes", host_bytes)
     place = _opened(device)
     timer = _Timer(place, repetitions)
     rates = tuple(_matmul(timer, model, dtype, rows) for dtype in kinds for rows in _ROWS)
-    to_device, to_host, on_device, on_cpu = _attention(timer, model, context, attend or attend_staged)
+    to_device, to_host, on_device, on_cpu = _attention(timer, model, context, attend)
     one = torch.ones(1, 1, dtype=parse_dtype(model.dtype), device=place)
     return HardwareProfile(
         name="cpu" if place.type == "cpu" else torch.cuda.get_device_name(place),
-        device_bytes=_free_bytes(place) if device_bytes is None else device_bytes,
-        host_bytes=_free_bytes(torch.device("cpu")) if host_bytes is None else host_bytes,
-        to_device=to_device, to_host=to_host, device_memory=_passes(timer, one.dtype), device_attention=on_device,
-        cpu_attention=on_cpu, matmul=rates, matmul_seconds=timer.seconds(lambda: one @ one)[0],
-        concurrent=place.type != "cpu",
+        device_bytes=device_bytes, host_bytes=host_bytes, to_device=to_device, to_host=to_host,
+        device_memory=_passes(timer, one.dtype), device_attention=on_device, cpu_attention=on_cpu, matmul=rates,
+        matmul_seconds=timer.seconds(lambda: one @ one)[0], concurrent=place.type != "cpu",
     )  # fmt: skip
 
 
@@ -210,9 +206,3 @@ def _opened(device: torch.device | str) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device: got {brief(device)}; torch sees {torch.cuda.device_count()} CUDA devices")
     return place
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

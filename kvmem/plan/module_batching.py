@@ -4,16 +4,16 @@ that a machine whose memory holds neither the weights nor the KV on the device g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import partial
 from itertools import product
 
 from kvmem.arguments import brief, check_number, check_size, format_bytes
 from kvmem.errors import SpecError
-from kvmem.plan.hardware import HardwareProfile
+from kvmem.plan.hardware import HardwareProfile, ModelShape
 from kvmem.plan.module_costs import PICOSECONDS, Choice, ModuleCosts
-from kvmem.plan.moe_shape import ModelShape
 from kvmem.spec import CacheSpec
 
 __all__ = ["Grid", "ModulePlan", "modules"]
@@ -29,8 +29,7 @@ class ModulePlan:
     staging_buffers, staging_blocks: for the KV of micro-batches, as ``StagingRing`` takes them; staging_bytes: of all.
     layer_seconds: the mean of all layers of a step of ``step_seconds``. tokens_per_second: computed tokens; in decode,
     generated ones. bound_by: ``"device"``, ``"cpu"``, ``"to_device"`` or ``"to_host"``, which works longest
-    (``"thread"`` where the profile is not concurrent).
-    device_bytes, host_bytes: the most that the step uses.
+    (``"thread"`` where the profile is not concurrent). device_bytes, host_bytes: the most that the step uses.
     """
 
     B: int
@@ -74,17 +73,14 @@ class Grid:
     resident: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("B", 1), ("ba", 1), ("be", 1), ("expert_buffers", 0), ("resident", 0)):
-            values = getattr(self, name)
-            if values is not None:
-                _check_tuple(name, values)
-                for value in values:
-                    check_size(f"Grid.{name}", value, least)
-        if self.omega is not None:
-            _check_tuple("omega", self.omega)
-            for share in self.omega:
-                if not check_number("Grid.omega", share, most=1) >= 0:
-                    raise SpecError(f"Grid.omega: got {share}; a share is from 0 to 1")
+        for name, values in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if values is not None and (not isinstance(values, tuple) or not values):
+                raise SpecError(f"Grid.{name}: got {brief(values)}; must be a tuple of at least one value, or None")
+            for value in values or ():
+                if name != "omega":
+                    check_size(f"Grid.{name}", value, 1 if name in ("B", "ba", "be") else 0)
+                elif check_number("Grid.omega", value, most=1) < 0:
+                    raise SpecError(f"Grid.omega: got {value}; a share is from 0 to 1")
 
 
 def modules(
@@ -111,7 +107,16 @@ def modules(
     best = _best(costs, set(search.choices()))
     if best is None:
         raise SpecError(search.shortage())
-    return _plan(costs, best)
+    seconds, busy = costs.picoseconds(best) / PICOSECONDS, costs.busy(best)
+    return ModulePlan(
+        B=best.batch, ba=best.micro_batch, be=best.expert_batch, omega=best.cpu_rows / best.batch,
+        cpu_rows=best.cpu_rows, expert_buffers=best.expert_buffers,
+        s_expert=best.expert_buffers * model.expert_bytes, s_params=costs.resident_bytes(best),
+        staging_buffers=staging_buffers, staging_blocks=costs.staging_blocks(best),
+        staging_bytes=costs.staging_bytes(best), layer_seconds=seconds / model.num_layers, step_seconds=seconds,
+        tokens_per_second=best.batch * costs.new / seconds, bound_by=max(busy, key=lambda name: busy[name]),
+        device_bytes=costs.device_bytes(best), host_bytes=costs.host_bytes(best), choice=best,
+    )  # fmt: skip
 
 
 class _Search:
@@ -119,69 +124,33 @@ class _Search:
 
     def __init__(self, costs: ModuleCosts, grid: Grid, queries: int | None) -> None:
         self.costs, self.grid, self.queries = costs, grid, queries
-        model = costs.model
-        most = self._most_rows()
-        self.micro_batches = grid.ba or tuple(_powers(max(1, most // 64), most))
+        model, sequence = costs.model, costs.kv_bytes * costs.model.num_layers
+        fit = max(1, (costs.profile.host_bytes - costs.weight_bytes) // sequence)
+        self.most = most = min(fit, queries or fit, max(grid.B or (fit,)))
+        self.ba = grid.ba or _powers(max(1, most // 64), most)
         tokens = -(-most * costs.new * model.experts_per_token // model.num_experts)
-        self.expert_batches = grid.be or tuple(_powers(max(1, min(256, tokens // 64)), min(tokens, 65_536)))
-        self.shares = (0.0,) if costs.prefill else grid.omega or tuple(step / 20 for step in range(21))
-        few = {1, 2, model.num_experts // 2, model.num_experts}
-        self.buffers = grid.expert_buffers or (0, *sorted(few - {0}))
+        self.be = grid.be or _powers(max(1, min(256, tokens // 64)), min(tokens, 65_536))
+        self.omega = (0.0,) if costs.prefill else grid.omega or tuple(step / 20 for step in range(21))
+        self.buffers = grid.expert_buffers or (0, 1, 2, max(1, model.num_experts // 2), model.num_experts)
 
     def choices(self) -> Iterator[Choice]:
-        for ba, be, omega, buffers in product(self.micro_batches, self.expert_batches, self.shares, self.buffers):
-            least = 0 if buffers else self.costs.most_resident
-            for batch in self._batches(ba, be, omega, buffers, least):
-                choice = self._choice(batch, ba, be, omega, buffers, least)
-                for resident in self._residents(choice, least):
-                    yield choice._replace(resident=resident)
+        for ba, be, omega, buffers in product(self.ba, self.be, self.omega, self.buffers):
+            least = 0 if buffers else self.costs.most_resident  # without a buffer, all weights must stay
+            of = partial(self._choice, ba, be, omega, buffers, least)
+            for choice in map(of, self._batches(of)):
+                yield from (choice._replace(resident=resident) for resident in self._residents(choice, least))
 
-    def shortage(self) -> str:
-        """Which memory is short, for the least that the grid allows."""
-        costs, grid = self.costs, self.grid
-        smallest = self._choice(
-            min(grid.B or (1,)), min(self.micro_batches), min(self.expert_batches), min(self.shares),
-            min(count for count in (*self.buffers, costs.model.num_experts) if count), min(grid.resident or (0,)),
-        )  # fmt: skip
-        host, device, profile = costs.host_bytes(smallest), costs.device_bytes(smallest), costs.profile
-        if host > profile.host_bytes:
-            return (
-                f"host memory: {profile.host_bytes:,} bytes; weights take {costs.weight_bytes:,} and a sequence of "
-                f"{costs.context} tokens {costs.kv_bytes * costs.model.num_layers:,}: needs {host:,} "
-                f"({format_bytes(host)}) at least; lower context, or give more host_bytes"
-            )
-        if self.queries is not None and smallest.batch > self.queries:
-            return f"queries: got {self.queries}; the smallest batch of the grid is {smallest.batch}"
-        return (
-            f"device memory: {profile.device_bytes:,} bytes; one expert, two dense parts, embedding and output matrix, "
-            f"and the buffers for {smallest.batch} sequences take {device:,} ({format_bytes(device)}) at least; lower "
-            "context or staging_buffers, or give more device_bytes"
-        )
-
-    def _most_rows(self) -> int:
-        """Sequences that host memory holds, or fewer where there are not as many."""
-        costs = self.costs
-        left = costs.profile.host_bytes - costs.weight_bytes
-        fit = max(1, left // (costs.kv_bytes * costs.model.num_layers))
-        return min(fit, self.queries or fit, max(self.grid.B or (fit,)))
-
-    def _choice(self, batch: int, ba: int, be: int, omega: float, buffers: int, resident: int) -> Choice:
+    def _choice(self, ba: int, be: int, omega: float, buffers: int, resident: int, batch: int) -> Choice:
         return Choice(batch, ba, be, int(omega * batch + 0.5), buffers, resident)
 
     def _fits(self, choice: Choice) -> bool:
-        profile = self.costs.profile
-        return (
-            self.costs.host_bytes(choice) <= profile.host_bytes
-            and self.costs.device_bytes(choice) <= profile.device_bytes
-        )
+        costs, profile = self.costs, self.costs.profile
+        return costs.host_bytes(choice) <= profile.host_bytes and costs.device_bytes(choice) <= profile.device_bytes
 
-    def _batches(self, ba: int, be: int, omega: float, buffers: int, resident: int) -> list[int]:
-        def fits(batch: int) -> bool:
-            return self._fits(self._choice(batch, ba, be, omega, buffers, resident))
-
+    def _batches(self, of: Callable[[int], Choice]) -> list[int]:
         if self.grid.B is not None:
-            return [batch for batch in self.grid.B if batch <= (self.queries or batch) and fits(batch)]
-        most = _largest(fits, self._most_rows())
+            return [batch for batch in self.grid.B if batch <= (self.queries or batch) and self._fits(of(batch))]
+        most = _largest(lambda batch: self._fits(of(batch)), self.most)
         return sorted({most * quarters // 4 for quarters in (1, 2, 3, 4)} - {0})
 
     def _residents(self, choice: Choice, least: int) -> list[int]:
@@ -190,44 +159,47 @@ class _Search:
             return [n for n in self.grid.resident if least <= n <= most and self._fits(choice._replace(resident=n))]
         return [_largest(lambda n: self._fits(choice._replace(resident=n)), most, least)]
 
+    def shortage(self) -> str:
+        """Which memory is short, for the least that the grid allows."""
+        costs, grid, profile = self.costs, self.grid, self.costs.profile
+        batch, buffers = min(grid.B or (1,)), min((count for count in self.buffers if count), default=0)
+        resident = min(grid.resident or (0,))
+        least = self._choice(min(self.ba), min(self.be), min(self.omega), buffers, resident, batch)
+        host, device = costs.host_bytes(least), costs.device_bytes(least)
+        if host > profile.host_bytes:
+            return (
+                f"host memory: {profile.host_bytes:,} bytes; weights take {costs.weight_bytes:,} and a sequence of "
+                f"{costs.context} tokens {costs.kv_bytes * costs.model.num_layers:,}: needs {host:,} "
+                f"({format_bytes(host)}) at least; lower context, or give more host_bytes"
+            )
+        if self.queries is not None and batch > self.queries:
+            return f"queries: got {self.queries}; the smallest batch of the grid is {batch}"
+        return (
+            f"device memory: {profile.device_bytes:,} bytes; weights that are needed at once, embedding and output "
+            f"matrix, and the buffers for {batch} sequences take {device:,} ({format_bytes(device)}) at least; lower "
+            "context or staging_buffers, or give more device_bytes"
+        )
+
 
 def _best(costs: ModuleCosts, choices: set[Choice]) -> Choice | None:
     """In the order of the bounds, of equal ones in that of ties: so the first that attains its bound is the best."""
-
-    def order(choice: Choice) -> tuple[int, int, Choice]:
-        return costs.device_bytes(choice), costs.host_bytes(choice), choice
-
-    bounds = sorted((Fraction(costs.least_picoseconds(one), one.batch), order(one)) for one in choices)
-    best: tuple[Fraction, tuple[int, int, Choice]] | None = None
+    Rank = tuple[int, int, Choice]
+    bounds: list[tuple[Fraction, Rank]] = sorted(
+        (Fraction(costs.least_picoseconds(one), one.batch), (costs.device_bytes(one), costs.host_bytes(one), one))
+        for one in choices
+    )
+    best: tuple[Fraction, Rank] | None = None
     for bound, rank in bounds:
         if best is not None and bound > best[0]:
             break
-        if best is not None and bound == best[0] and rank > best[1]:
-            continue
-        found = Fraction(costs.picoseconds(rank[2]), rank[2].batch), rank
-        best = found if best is None else min(best, found)
+        if best is None or (bound, rank) < best:
+            found = Fraction(costs.picoseconds(rank[2]), rank[2].batch), rank
+            best = found if best is None else min(best, found)
     return best[1][2] if best is not None else None
 
 
-def _plan(costs: ModuleCosts, choice: Choice) -> ModulePlan:
-    seconds = costs.picoseconds(choice) / PICOSECONDS
-    busy = costs.busy(choice)
-    return ModulePlan(
-        B=choice.batch, ba=choice.micro_batch, be=choice.expert_batch, omega=choice.cpu_rows / choice.batch,
-        cpu_rows=choice.cpu_rows, expert_buffers=choice.expert_buffers,
-        s_expert=choice.expert_buffers * costs.model.expert_bytes, s_params=costs.resident_bytes(choice.resident),
-        staging_buffers=costs.staging_buffers, staging_blocks=costs.staging_blocks(choice),
-        staging_bytes=costs.staging_bytes(choice),
-        layer_seconds=seconds / costs.model.num_layers, step_seconds=seconds,
-        tokens_per_second=choice.batch * costs.new / seconds if seconds else float("inf"),
-        bound_by=max(busy, key=lambda name: busy[name]), device_bytes=costs.device_bytes(choice),
-        host_bytes=costs.host_bytes(choice), choice=choice,
-    )  # fmt: skip
-
-
-def _largest(fits: object, most: int, least: int = 0) -> int:
-    """The largest number up to ``most`` that fits, by bisection; ``least``, which need not fit, if none does."""
-    assert callable(fits)
+def _largest(fits: Callable[[int], bool], most: int, least: int = 0) -> int:
+    """The largest number up to ``most`` that fits, by bisection; ``least``, which is not asked about, if none does."""
     low, high = least, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -235,15 +207,7 @@ def _largest(fits: object, most: int, least: int = 0) -> int:
     return low
 
 
-def _powers(least: int, most: int) -> Iterator[int]:
-    """Powers of two from ``least`` on, and the first that is not below ``most``."""
-    power = 1 << (least - 1).bit_length()
-    yield power
-    while power < most:
-        power *= 2
-        yield power
-
-
-def _check_tuple(name: str, values: object) -> None:
-    if not isinstance(values, tuple) or not values:
-        raise SpecError(f"Grid.{name}: got {brief(values)}; must be a tuple of at least one value, or None")
+def _powers(least: int, most: int) -> tuple[int, ...]:
+    """Powers of two from ``least`` on, to the first that is not below ``most``."""
+    first, last = (least - 1).bit_length(), max(least - 1, most - 1).bit_length()
+    return tuple(1 << power for power in range(first, last + 1))

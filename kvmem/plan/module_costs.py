@@ -10,24 +10,23 @@ For the CPU that counts what waits for it: the layer's experts, and the next lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from math import ceil
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from kvmem.arguments import check_size
 from kvmem.errors import SpecError
-from kvmem.plan.clock import Clock, Work
-from kvmem.plan.hardware import HardwareProfile
-from kvmem.plan.moe_shape import ModelShape
+from kvmem.plan.clock import Clock, Link, Work
+from kvmem.plan.hardware import HardwareProfile, ModelShape
 from kvmem.spec import CacheSpec
 
 __all__ = ["PICOSECONDS", "Choice", "ModuleCosts"]
 
 PICOSECONDS = 10**12  # times are integers of these: the graph's longest path and its lower bound are then exact
 _Handle = TypeVar("_Handle")
-#: ``run(resource, picoseconds, after)``: what the work returns is what later work names in ``after``; None is nothing.
+#: ``run(resource, picoseconds, after)`` returns what later work names in ``after``, where None is nothing.
 Run = Callable[[str, int, tuple[_Handle | None, ...]], _Handle]
 
 
@@ -47,9 +46,11 @@ class Choice(NamedTuple):
 
 
 class _Times(NamedTuple):
-    """Of one layer, in picoseconds; ``fetch`` and ``attend`` by micro-batch: a full one, and the last."""
+    """Picoseconds of each part of a layer. ``fetch``, ``attend`` and ``write_back``: of a full micro-batch and of the
+    last, which is smaller; there are ``full`` full ones. ``head``: once in a step.
+    """
 
-    full: int  # micro-batches that are full
+    full: int
     fetch: tuple[int, int]
     attend: tuple[int, int]
     write_back: tuple[int, int]
@@ -61,7 +62,7 @@ class _Times(NamedTuple):
     attend_cpu: int
     mix: int
     expert: int
-    head: int  # of the step
+    head: int
 
 
 class ModuleCosts:
@@ -79,8 +80,8 @@ class ModuleCosts:
         self.spec, self.model, self.profile, self.prefill = spec, model, profile, prefill
         self.context = check_size("context", context)
         self.staging_buffers = check_size("staging_buffers", staging_buffers)
-        self.kv_bytes = _kv_bytes(spec, model, self.context)
-        self.new = self.context if prefill else 1
+        self._blocks, self.kv_bytes = _blocks_and_bytes(spec, model, context)  # of a sequence and layer
+        self.new = context if prefill else 1
         self._matmul = lru_cache(maxsize=4096)(self._matmul_seconds)
         self.times = lru_cache(maxsize=4096)(self._times)
         profile.flops_per_second(model.dtype_name, 1)  # refuses a dtype without rates
@@ -90,111 +91,88 @@ class ModuleCosts:
     @cached_property
     def weight_bytes(self) -> int:
         """Of all layers, in host memory."""
-        return self.model.num_layers * self.model.layer_bytes
-
-    def host_bytes(self, choice: Choice) -> int:
-        """Weights, KV in blocks, and what goes to and from the CPU's attention."""
-        row = self.model.element_bytes * (self.model.qkv_width + self.model.query_width)
-        kv = choice.batch * self.model.num_layers * self.kv_bytes
-        return self.weight_bytes + kv + choice.cpu_rows * row
-
-    def device_bytes(self, choice: Choice) -> int:
-        """Embedding and output matrix, resident weights, buffers and activations."""
-        return self.model.vocabulary_bytes + self.resident_bytes(choice.resident) + self._buffer_bytes(choice)
-
-    def staging_bytes(self, choice: Choice) -> int:
-        """Of all staging buffers; a prefill needs none, nor does a step that the CPU attends alone."""
-        rows = 0 if self.prefill else min(choice.micro_batch, choice.batch - choice.cpu_rows)
-        return self.staging_buffers * rows * self.kv_bytes
-
-    def staging_blocks(self, choice: Choice) -> int:
-        """Of one buffer."""
-        block = self.spec.groups[0].block_size
-        return min(choice.micro_batch, choice.batch - choice.cpu_rows) * -(-self.context // block)
-
-    def resident_bytes(self, resident: int) -> int:
-        model = self.model
-        return min(resident, 1) * model.num_layers * model.dense_bytes + max(resident - 1, 0) * model.expert_bytes
+        return self.model.num_layers * (self.model.dense_bytes + self.model.num_experts * self.model.expert_bytes)
 
     @property
     def most_resident(self) -> int:
         return 1 + self.model.num_layers * self.model.num_experts
 
-    def _buffer_bytes(self, choice: Choice) -> int:
+    def host_bytes(self, choice: Choice) -> int:
+        """Weights, KV in blocks, and what goes to and from the CPU's attention."""
+        row = self.model.element_bytes * (self.model.qkv_width + self.model.query_width)
+        return self.weight_bytes + choice.batch * self.model.num_layers * self.kv_bytes + choice.cpu_rows * row
+
+    def resident_bytes(self, choice: Choice) -> int:
+        dense = self.model.num_layers * self.model.dense_bytes if choice.resident else 0
+        return dense + max(choice.resident - 1, 0) * self.model.expert_bytes
+
+    def staging_blocks(self, choice: Choice) -> int:
+        """Of one buffer; 0 in a prefill, and where the CPU attends all."""
+        return 0 if self.prefill else min(choice.micro_batch, choice.batch - choice.cpu_rows) * self._blocks
+
+    def staging_bytes(self, choice: Choice) -> int:
+        return self.staging_buffers * self.staging_blocks(choice) * self.kv_bytes // self._blocks
+
+    def device_bytes(self, choice: Choice) -> int:
+        """Embedding and output matrix, resident weights, buffers and activations."""
         model, size = self.model, self.model.element_bytes
-        weights = choice.expert_buffers * model.expert_bytes + (0 if choice.resident else 2 * model.dense_bytes)
+        dense = 0 if choice.resident else min(2, model.num_layers) * model.dense_bytes
+        weights = choice.expert_buffers * model.expert_bytes + dense
         attended = (choice.micro_batch if self.prefill else choice.batch) * self.new
         attention = attended * (model.qkv_width + model.query_width) * size
         stream = choice.batch * self.new * (3 * model.hidden * size + 8 * model.experts_per_token)  # with routing
-        expert = choice.expert_batch * (2 * model.hidden + 2 * model.expert_hidden) * size
+        expert = choice.expert_batch * 2 * (model.hidden + model.expert_hidden) * size
         logits = min(choice.expert_batch, choice.batch) * model.vocab * 4
-        return weights + self.staging_bytes(choice) + attention + stream + max(expert, logits)
+        kept = model.vocabulary_bytes + self.resident_bytes(choice) + self.staging_bytes(choice)
+        return kept + weights + attention + stream + max(expert, logits)
 
     # --- times ---
 
     def _times(self, choice: Choice) -> _Times:
-        profile, model = self.profile, self.model
-        rows = choice.batch - choice.cpu_rows
+        profile, model, cpu_rows = self.profile, self.model, choice.cpu_rows
+        rows = choice.batch - cpu_rows
         full, last = divmod(rows, choice.micro_batch)
         sizes = (choice.micro_batch, last)
-        new_kv = self.new * model.element_bytes * (model.qkv_width - model.query_width)
-        down = choice.cpu_rows * model.qkv_width * model.element_bytes
-        project = (0, 0) if self.prefill else (self._project(rows), self._project(choice.cpu_rows))
-        back = sizes if self.prefill else (rows, 0)
+        token = self.new * model.element_bytes
+        back = [n * token * (model.qkv_width - model.query_width) for n in (sizes if self.prefill else (rows, 0))]
+        tokens = -(-choice.batch * self.new * model.experts_per_token // model.num_experts)
         return _Times(
             full,
-            _pair(0 if self.prefill else _link(profile.to_device, n * self.kv_bytes, 1) for n in sizes),
+            _pair(0 if self.prefill else _time(profile.to_device, n * self.kv_bytes) for n in sizes),
             _pair(self._attend(n) for n in sizes),
-            _pair(_link(profile.to_host, n * new_kv, 1) for n in back),
-            _ps(_link(profile.to_device, model.dense_bytes, 1)),
-            _ps(_link(profile.to_device, model.expert_bytes, 1)),
-            *_pair(project),
-            _ps(_link(profile.to_host, down, 1)),
-            _ps(_link(profile.cpu_attention, choice.cpu_rows * self.kv_bytes, choice.cpu_rows)),
-            _ps(self._mix(choice)),
-            _ps(self._expert(choice)),
-            _ps(self._head(choice)),
+            _pair(_time(profile.to_host, size) for size in back),
+            _ps(_time(profile.to_device, model.dense_bytes)),
+            _ps(_time(profile.to_device, model.expert_bytes)),
+            _ps(0 if self.prefill else self._project(rows)),
+            _ps(self._project(cpu_rows)),
+            _ps(_time(profile.to_host, cpu_rows * token * model.qkv_width)),
+            _ps(_time(profile.cpu_attention, cpu_rows * self.kv_bytes, cpu_rows)),
+            _ps(self._mix(choice.batch * self.new, cpu_rows)),
+            _ps(_in_parts(tokens, choice.expert_batch, self._expert)),  # if they are spread evenly
+            _ps(_in_parts(choice.batch, choice.expert_batch, lambda n: self._matmul(n, model.vocab))),
         )
 
     def _project(self, tokens: int) -> float:
-        return self._matmul(tokens, self.model.qkv_width) + self._passes(
-            2 * tokens * self.model.hidden, 2 * (tokens > 0)
-        )
+        return self._matmul(tokens, self.model.qkv_width) + self._passes(2 * tokens * self.model.hidden, 2)
 
     def _attend(self, sequences: int) -> float:
-        if not self.prefill:
-            return _link(self.profile.device_attention, sequences * self.kv_bytes, sequences)
-        if not sequences:
-            return 0.0
+        device = self.profile.device_attention
+        if not self.prefill or not sequences:
+            return _time(device, sequences * self.kv_bytes, sequences)
         flops = 2.0 * sequences * self.context**2 * self.model.query_width  # causal: half of the square
         computed = flops / self.profile.flops_per_second(self.model.dtype_name, self.context)
-        return (
-            self._project(sequences * self.context)
-            + computed
-            + sequences * float(self.profile.device_attention.latency_seconds)
-        )
+        return self._project(sequences * self.context) + computed + sequences * float(device.latency_seconds)
 
-    def _mix(self, choice: Choice) -> float:
-        """After attention: the CPU's results are read by the device where they lie; output matrix and router."""
-        tokens, model = choice.batch * self.new, self.model
-        up = _link(self.profile.to_device, choice.cpu_rows * model.query_width * model.element_bytes, 1)
-        width = model.query_width + model.num_experts
-        return up + self._matmul(tokens, width) + self._passes(5 * tokens * model.hidden, 5)
-
-    def _expert(self, choice: Choice) -> float:
-        """One expert, if the tokens are spread evenly."""
+    def _mix(self, tokens: int, cpu_rows: int) -> float:
+        """After attention: the device reads the CPU's results where they lie; output matrix and router."""
         model = self.model
-        tokens = -(-choice.batch * self.new * model.experts_per_token // model.num_experts)
-        full, last = divmod(tokens, choice.expert_batch)
-        return full * self._expert_chunk(choice.expert_batch) + self._expert_chunk(last)
+        up = _time(self.profile.to_device, cpu_rows * model.query_width * model.element_bytes)
+        widths = model.query_width + model.num_experts
+        return up + self._matmul(tokens, widths) + self._passes(5 * tokens * model.hidden, 5)
 
-    def _expert_chunk(self, tokens: int) -> float:
+    def _expert(self, tokens: int) -> float:
         moved = tokens * (5 * self.model.hidden + 3 * self.model.expert_hidden)
-        return 3 * self._matmul(tokens, self.model.expert_hidden) + self._passes(moved, 4 * (tokens > 0))
-
-    def _head(self, choice: Choice) -> float:
-        full, last = divmod(choice.batch, choice.expert_batch)
-        return full * self._matmul(choice.expert_batch, self.model.vocab) + self._matmul(last, self.model.vocab)
+        return 3 * self._matmul(tokens, self.model.expert_hidden) + self._passes(moved, 4)
 
     def _matmul_seconds(self, tokens: int, width: int) -> float:
         """Of a matrix between the residual stream and ``width``."""
@@ -204,14 +182,14 @@ class ModuleCosts:
         return float(self.profile.matmul_seconds) + 2.0 * tokens * self.model.hidden * width / rate
 
     def _passes(self, elements: int, kernels: int) -> float:
-        return _link(self.profile.device_memory, elements * self.model.element_bytes, kernels)
+        return _time(self.profile.device_memory, elements * self.model.element_bytes, kernels)
 
     # --- the graph ---
 
     def schedule(self, choice: Choice, run: Run[_Handle]) -> None:
         """Call ``run`` for every copy and kernel of a step, in the order in which each engine and link does them."""
-        t, layers = self.times(choice), self.model.num_layers
-        ring: list[_Handle | None] = [None] * self.staging_buffers
+        t, layers, kept = self.times(choice), self.model.num_layers, max(0, choice.resident - 1)
+        staged: list[_Handle | None] = [None] * self.staging_buffers
         experts: list[_Handle | None] = [None] * max(1, choice.expert_buffers)
         dense_free: list[_Handle | None] = [None, None]
         done: _Handle | None = None
@@ -225,44 +203,37 @@ class ModuleCosts:
             if t.project:
                 begun = run("device", t.project, (done, dense))
                 run("to_host", t.write_back[0], (begun,))
-            for part in self._parts(t):
-                slot = fetched % len(ring)
-                copy = None if self.prefill else run("to_device", t.fetch[part], (ring[slot],))
-                ring[slot] = run("device", t.attend[part], (copy, begun, done, dense))
+            for part in [0] * t.full + [1] * (t.attend[1] > 0):
+                slot = fetched % len(staged)
+                copy = None if self.prefill else run("to_device", t.fetch[part], (staged[slot],))
+                staged[slot] = run("device", t.attend[part], (copy, begun, done, dense))
                 fetched += 1
                 if self.prefill:
-                    run("to_host", t.write_back[part], (ring[slot],))
+                    run("to_host", t.write_back[part], (staged[slot],))
             # The device works in order, so the last micro-batch needs no mention.
             mixed = dense_free[layer % 2] = run("device", t.mix, (by_cpu,))
+            resident = (layer + 1) * kept // layers - layer * kept // layers
             for expert in range(self.model.num_experts):
-                weights, slot = None, copied % len(experts)
-                if expert >= self.resident_experts(choice, layer):
-                    weights = run("to_device", t.expert_copy, (experts[slot],))
-                    copied += 1
-                done = run("device", t.expert, (weights, mixed))
-                if weights is not None:
-                    experts[slot] = done
+                if expert < resident:
+                    done = run("device", t.expert, (mixed,))
+                    continue
+                slot = copied % len(experts)
+                weights = run("to_device", t.expert_copy, (experts[slot],))
+                experts[slot] = done = run("device", t.expert, (weights, mixed))
+                copied += 1
         run("device", t.head, (done,))
 
-    def resident_experts(self, choice: Choice, layer: int) -> int:
-        """How many experts of a layer stay on the device."""
-        kept, layers = max(0, choice.resident - 1), self.model.num_layers
-        return (layer + 1) * kept // layers - layer * kept // layers
-
     def busy(self, choice: Choice) -> dict[str, int]:
-        """Picoseconds of a step that each engine and link works: the largest is a lower bound of the step."""
+        """Picoseconds of a step that each engine and link works."""
         t, layers = self.times(choice), self.model.num_layers
-        streamed = self.most_resident - max(1, choice.resident)
-        fetch, attend, back = (
-            t.full * pair[0] + pair[1] for pair in (t.fetch, t.attend, t.write_back if self.prefill else (0, 0))
-        )
+        fetch, attend, back = (t.full * full + last for full, last in (t.fetch, t.attend, t.write_back))
+        back = back if self.prefill else t.write_back[0] + t.send_cpu
+        streamed = (self.most_resident - max(1, choice.resident)) * t.expert_copy
         layer = t.project + t.project_cpu + attend + t.mix + self.model.num_experts * t.expert
         found = {
-            "device": layers * layer + t.head,
-            "to_device": layers * (fetch + (0 if choice.resident else t.dense_copy)) + streamed * t.expert_copy,
-            "to_host": layers * (back if self.prefill else t.write_back[0] + t.send_cpu),
-            "cpu": layers * t.attend_cpu,
-        }
+            "device": layers * layer + t.head, "cpu": layers * t.attend_cpu, "to_host": layers * back,
+            "to_device": layers * (fetch + (0 if choice.resident else t.dense_copy)) + streamed,
+        }  # fmt: skip
         return found if self.profile.concurrent else {"thread": sum(found.values())}
 
     def least_picoseconds(self, choice: Choice) -> int:
@@ -272,17 +243,16 @@ class ModuleCosts:
         return max(*self.busy(choice).values(), self.model.num_layers * chain + t.head)
 
     def picoseconds(self, choice: Choice) -> int:
-        """Of a step: the end of the longest path through the graph, which ``clock()`` shows exactly."""
+        """Of a step: the longest path through the graph. It is the end of ``clock(choice)``, found faster."""
         free: dict[str, int] = {}
         one = None if self.profile.concurrent else "thread"
 
         def run(resource: str, spent: int, after: tuple[int | None, ...]) -> int:
-            resource = one or resource
-            start = free.get(resource, 0)
+            start = free.get(one or resource, 0)
             for end in after:
                 if end is not None and end > start:
                     start = end
-            free[resource] = start + spent
+            free[one or resource] = start + spent
             return start + spent
 
         self.schedule(choice, run)
@@ -299,19 +269,11 @@ class ModuleCosts:
         self.schedule(choice, run)
         return clock
 
-    @staticmethod
-    def _parts(t: _Times) -> Iterator[int]:
-        yield from [0] * t.full
-        if t.attend[1]:
-            yield 1
 
-
-def _kv_bytes(spec: Any, model: Any, context: int) -> int:
+def _blocks_and_bytes(spec: CacheSpec, model: ModelShape, context: int) -> tuple[int, int]:
     """Of one sequence and layer, in whole blocks."""
     if not isinstance(spec, CacheSpec) or not isinstance(model, ModelShape):
-        raise SpecError(
-            f"spec, model: got {type(spec).__name__}, {type(model).__name__}; give a CacheSpec, a ModelShape"
-        )
+        raise SpecError(f"got {type(spec).__name__} and {type(model).__name__}; give a CacheSpec and a ModelShape")
     (group, *others) = spec.groups
     rows = {sum(group.row_bytes(part.name, layer) for part in group.components) for layer in group.layers}
     plain = group.growth == "token" and group.window_tokens is None
@@ -321,20 +283,25 @@ def _kv_bytes(spec: Any, model: Any, context: int) -> int:
             f"module batching takes one group of full attention, with {model.num_layers} equal layers"
         )
     blocks = -(-context // group.block_size)
-    return int(blocks * group.block_size * rows.pop())
+    return blocks, blocks * group.block_size * rows.pop()
 
 
-def _link(link: Any, amount: int, times: int) -> float:
-    """Seconds; as ``Link.seconds``, in floats."""
-    return amount / float(link.bytes_per_second) + times * float(link.latency_seconds) if amount else 0.0
+def _time(link: Link, bytes: int, times: int = 1) -> float:
+    """``Link.seconds`` in floats; nothing takes no time."""
+    return bytes / float(link.bytes_per_second) + times * float(link.latency_seconds) if bytes else 0.0
+
+
+def _in_parts(total: int, most: int, seconds: Callable[[int], float]) -> float:
+    full, last = divmod(total, most)
+    return full * seconds(most) + (seconds(last) if last else 0.0)
 
 
 def _ps(seconds: float) -> int:
     if seconds > 1e15:
-        raise SpecError(f"profile: a step would take {seconds:.1e} seconds in one part; check the rates' units")
+        raise SpecError(f"profile: a part of a step would take {seconds:.1e} seconds; check the rates' units")
     return ceil(seconds * PICOSECONDS)
 
 
-def _pair(seconds: Any) -> tuple[int, int]:
+def _pair(seconds: Iterable[float]) -> tuple[int, int]:
     first, second = (_ps(one) for one in seconds)
     return first, second

@@ -12,7 +12,6 @@ from kvmem.allocator.cascade import CascadeLevel
 from kvmem.arguments import brief, check_size
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.blocks import gather_blocks, scatter_tokens
-from kvmem.spec import CacheSpec
 
 if TYPE_CHECKING:
     from kvmem.arguments import Handles
@@ -83,10 +82,10 @@ class StagingRing:
     def __init__(
         self, host: Allocator, *, blocks: int, buffers: int = 3, device: torch.device | str | None = None
     ) -> None:
-        self.host, self.layout = host, _layout(host)
+        self.host, self._kinds = host, _parts(host)
         self.blocks, self.num_buffers = check_size("blocks", blocks, 0), check_size("buffers", buffers)
         self.device = torch.device("cpu" if device is None else device)
-        size = self.blocks * sum(part.block_bytes for part in self.layout)
+        size = self.blocks * sum(shape.numel() * dtype.itemsize for shape, dtype in self._kinds.values())
         on_cuda = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
         try:
@@ -144,17 +143,18 @@ class StagingRing:
         if self._closed:
             raise StaleHandle("staging: the ring is closed; make another")
         part.batch.check_current()
-        sources = [self.host.tensor(layer, one.name) for one in self.layout]
+        sources = {name: self.host.tensor(layer, name) for name in self._kinds}
         if not self._free:
             return None
         buffer = self._free[-1]
         buffer.before_fill()
         begin, parts, ids = 0, [], part.batch.kv_indices_cpu
-        for one, blocks in zip(self.layout, sources, strict=True):
-            end = begin + len(ids) * one.block_bytes
-            gather_blocks(blocks, ids, out=one.view(buffer.bounce[begin:end]))
-            parts.append(one.view(buffer.memory[begin:end]))
-            self.host.ledger.count_moved(one.name, end - begin, "staging")
+        for name, (shape, dtype) in self._kinds.items():
+            end = begin + len(ids) * shape.numel() * dtype.itemsize
+            bounce, memory = (m[begin:end].view(dtype).view(-1, *shape) for m in (buffer.bounce, buffer.memory))
+            gather_blocks(sources[name], ids, out=bounce)
+            parts.append(memory)
+            self.host.ledger.count_moved(name, end - begin, "staging")
             begin = end
         buffer.copy(begin)
         staged = StagedKV(self, self._free.pop(), part, tuple(parts))
@@ -209,42 +209,20 @@ class _Buffer:
             self._used.record(torch.cuda.current_stream(self.memory.device))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """K or V of a layer: its name, and a block's shape."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def block_bytes(self) -> int:
-        return int(torch.Size(self.shape).numel() * self.dtype.itemsize)
-
-    def view(self, memory: torch.Tensor) -> torch.Tensor:
-        return memory.view(self.dtype).view(-1, *self.shape)
-
-
-def _layout(host: Allocator) -> tuple[_Part, ...]:
+def _parts(host: Allocator) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """K and V: the shape of a block, and the dtype."""
     if not isinstance(host, Allocator) or host.device.type != "cpu":
         raise SpecError(f'host: got {brief(host)}; must be an Allocator with device="cpu"')
-    spec: CacheSpec = host.spec
-    (group, *others) = spec.groups
-    shapes = {
-        (one.name, group.block_size, group.heads(one.name, layer), group.widths(one.name, layer), one.dtype)
-        for one in group.components
-        for layer in group.layers
-    }
+    (group, *others) = host.spec.groups
     names = [one.name for one in group.components]
-    if others or names != ["k", "v"] or len(shapes) != 2 or group.window_tokens or group.ragged:
+    shapes = {(name, group.heads(name, layer), group.widths(name, layer)) for name in names for layer in group.layers}
+    plain = names == ["k", "v"] and len(shapes) == 2 and not group.window_tokens and not group.ragged
+    if others or not plain or len(group.layers) != host.spec.num_layers:
         raise SpecError(
-            f"host: its spec has {len(spec.groups)} groups, of which the first stores {', '.join(names)} in "
-            f"{len(shapes)} shapes; staging takes one group with K and V, equal in all layers, and no sliding window"
+            f"host: its spec has {len(others) + 1} groups, the first with {', '.join(names)} in {len(shapes)} shapes; "
+            "staging takes one group with K and V, equal in all layers, and no sliding window"
         )
-    return tuple(
-        _Part(one.name, (group.block_size, group.heads(one.name, 0), *group.widths(one.name, 0)), one.dtype)
-        for one in group.components
-    )
+    return {name: (one.shape[1:], one.dtype) for name, one in zip(names, host.kv(0), strict=True)}
 
 
 def _level(batch: Batch, device: torch.device) -> CascadeLevel:

@@ -68,7 +68,7 @@ def test_a_profile_is_kept_as_json() -> None:
 def test_this_machine(dtype: torch.dtype) -> None:
     """Measured, kept, read again and planned with."""
     shape = replace(SHAPE, dtype=dtype)
-    found = profile("cpu", model=shape, context=64, repetitions=2)
+    found = profile("cpu", model=shape, device_bytes=10**8, host_bytes=10**8, context=64, repetitions=2)
     assert HardwareProfile.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert not found.concurrent and {rate.dtype for rate in found.matmul} == {str(dtype).removeprefix("torch.")}
     spec = CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=16, dtype=dtype)
@@ -84,11 +84,12 @@ def test_this_machine(dtype: torch.dtype) -> None:
         ({"device": "cuda:99"}, DeviceError, "torch sees"),
         ({"model": None}, SpecError, "ModelShape"),
         ({"context": 8}, SpecError, "context"),
+        ({"device_bytes": 0}, SpecError, "device_bytes"),
         ({"repetitions": 0}, SpecError, "repetitions"),
         ({"dtypes": ("float32",)}, SpecError, "dtypes"),
     ],
 )
 def test_what_cannot_be_measured(changes: dict[str, Any], error: type[Exception], words: str) -> None:
-    values: dict[str, Any] = {"device": "cpu", "model": SHAPE} | changes
+    values: dict[str, Any] = {"device": "cpu", "model": SHAPE, "device_bytes": 10**8, "host_bytes": 10**8} | changes
     with pytest.raises(error, match=words):
         profile(**values)

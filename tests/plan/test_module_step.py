@@ -15,8 +15,8 @@ from kvmem import OutOfMemory, SpecError, StaleHandle
 from kvmem.bench.near_modules import RandomMixtral
 from kvmem.kernels.reference import sdpa
 from kvmem.kernels.write import write_kv
+from kvmem.plan.hardware import ModelShape
 from kvmem.plan.module_step import ModuleStep, expert_batches
-from kvmem.plan.moe_shape import ModelShape
 from kvmem.plan.staging import StagingRing
 
 SHAPE = ModelShape(
