@@ -13,12 +13,12 @@ import torch
 
 from kvmem.allocator import Allocator
 from kvmem.arguments import brief, check_members, check_size
-from kvmem.errors import DeviceError, SpecError
+from kvmem.errors import SpecError
 from kvmem.kernels.write import write_kv
 from kvmem.plan.clock import Link
 from kvmem.plan.hardware import HardwareProfile, MatmulRate, ModelShape
 from kvmem.plan.module_step import AttendStaged, attend_in_place, attend_staged
-from kvmem.plan.staging import StagingRing
+from kvmem.plan.staging import StagingRing, open_device
 from kvmem.spec import CacheSpec
 from kvmem.spec.dtypes import dtype_name, parse_dtype
 
@@ -50,7 +50,7 @@ def profile(
     kinds = check_members("dtypes", (model.dtype,) if dtypes is None else dtypes, torch.dtype)
     check_size("context", context, 2 * _BLOCK), check_size("repetitions", repetitions)
     check_size("device_bytes", device_bytes), check_size("host_bytes", host_bytes)
-    place = _opened(device)
+    place = open_device(device)
     timer = _Timer(place, repetitions)
     rates = tuple(_matmul(timer, model, dtype, rows) for dtype in kinds for rows in _ROWS)
     to_device, to_host, on_device, on_cpu = _attention(timer, model, context, attend)
@@ -194,15 +194,3 @@ def _random(model: ModelShape, tokens: int, device: torch.device) -> list[torch.
     """K and V ``[tokens, heads, width]``."""
     shape = (tokens, model.num_kv_heads, model.head_dim)
     return [torch.randn(shape).to(device, parse_dtype(model.dtype)) for _ in "kv"]
-
-
-def _opened(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise SpecError(f'device: got {brief(device)}; must be "cpu" or "cuda:N"') from error
-    if place.type not in ("cpu", "cuda"):
-        raise SpecError(f'device: got {brief(device)}; must be "cpu" or "cuda:N"')
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device: got {brief(device)}; torch sees {torch.cuda.device_count()} CUDA devices")
-    return place

@@ -10,13 +10,13 @@ import torch
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.cascade import CascadeLevel
 from kvmem.arguments import brief, check_size
-from kvmem.errors import OutOfMemory, SpecError, StaleHandle
+from kvmem.errors import DeviceError, OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.blocks import gather_blocks, scatter_tokens
 
 if TYPE_CHECKING:
     from kvmem.arguments import Handles
 
-__all__ = ["MicroBatch", "StagedKV", "StagingRing"]
+__all__ = ["MicroBatch", "StagedKV", "StagingRing", "open_device"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +79,10 @@ class StagingRing:
     one transfer. Not thread-safe.
     """
 
-    def __init__(
-        self, host: Allocator, *, blocks: int, buffers: int = 3, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, host: Allocator, *, blocks: int, buffers: int = 3, device: torch.device | str = "cpu") -> None:
         self.host, self._kinds = host, _parts(host)
         self.blocks, self.num_buffers = check_size("blocks", blocks, 0), check_size("buffers", buffers)
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = open_device(device)
         size = self.blocks * sum(shape.numel() * dtype.itemsize for shape, dtype in self._kinds.values())
         on_cuda = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
@@ -153,8 +151,8 @@ class StagingRing:
             end = begin + len(ids) * shape.numel() * dtype.itemsize
             bounce, memory = (m[begin:end].view(dtype).view(-1, *shape) for m in (buffer.bounce, buffer.memory))
             gather_blocks(sources[name], ids, out=bounce)
-            parts.append(memory)
             self.host.ledger.count_moved(name, end - begin, "staging")
+            parts.append(memory)
             begin = end
         buffer.copy(begin)
         staged = StagedKV(self, self._free.pop(), part, tuple(parts))
@@ -186,6 +184,9 @@ class _Buffer:
         self._stream = stream
         self._copied: Any = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._used: Any = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if stream is not None:
+            self.memory.record_stream(stream)  # when it is freed, torch waits for the last copy
+            self.after_use()  # the first copy comes after the zeroes, and after what used this memory before
 
     def before_fill(self) -> None:
         """The host waits until the last copy has read ``bounce``."""
@@ -207,6 +208,19 @@ class _Buffer:
     def after_use(self) -> None:
         if self._used is not None:
             self._used.record(torch.cuda.current_stream(self.memory.device))
+
+
+def open_device(device: torch.device | str) -> torch.device:
+    """The CPU or a CUDA device; ``SpecError`` for other kinds, ``DeviceError`` if it does not exist."""
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise SpecError(f'device: got {brief(device)}; must be "cpu" or "cuda:N"')
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device: got {brief(device)}; torch sees {torch.cuda.device_count()} CUDA devices")
+    return place
 
 
 def _parts(host: Allocator) -> dict[str, tuple[torch.Size, torch.dtype]]:

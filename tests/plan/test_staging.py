@@ -139,7 +139,7 @@ def test_what_cannot_be_staged(backend: str) -> None:
         with pytest.raises(StaleHandle):
             ring.fetch(0, part)
         assert ring.used_bytes == 0
-        for sizes in ({"blocks": -1}, {"blocks": 4, "buffers": 0}, {"blocks": 4.5}):
+        for sizes in ({"blocks": -1}, {"blocks": 4, "buffers": 0}, {"blocks": 4.5}, {"blocks": 4, "device": "meta"}):
             with pytest.raises(SpecError):
                 StagingRing(alloc, **sizes)  # type: ignore[arg-type]
 
