@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from time import thread_time, thread_time_ns
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from kvmem import Allocator, CacheSpec
 from kvmem.bench.model import Backend
-from kvmem.bench.timing import Ratio, Spread, in_turn
+from kvmem.bench.timing import Ratio, Spread, in_turn, one_thread
 from kvmem.kernels.write import write_kv
 from kvmem.layouts.rope import Rope
 from kvmem.plan import Grid, ModelShape, ModulePlan, ModuleStep, StagingRing, expert_batches, modules, profile
@@ -103,13 +104,21 @@ CASES = {
 def module_batching(
     backend: Backend = "paged", *, batch: int = 32, context: int = 256, repetitions: int = 10, shape: ModelShape = SHAPE
 ) -> list[ModuleRow]:
-    """A row for each of ``CASES``. Device and host are this CPU, on one thread, so no part of a step hides another."""
+    """A row for each of ``CASES``. Device and host are this CPU, on one thread, so no part of a step hides another. Times
+    are that thread's, which other work on the machine lengthens little.
+    """
+    with one_thread():
+        return _measured(backend, batch, context, repetitions, shape)
+
+
+def _measured(backend: Backend, batch: int, context: int, repetitions: int, shape: ModelShape) -> list[ModuleRow]:
     spec = CacheSpec.kv(
         num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, dtype=shape.dtype
     )
     found = profile(
-        "cpu", model=shape, device_bytes=1 << 30, host_bytes=1 << 30, context=context, repetitions=repetitions
-    )
+        "cpu", model=shape, device_bytes=1 << 30, host_bytes=1 << 30, context=context, repetitions=repetitions,
+        clock=thread_time,
+    )  # fmt: skip
     plans = {
         case: modules(spec, shape, found, context=context, grid=replace(grid, B=(batch,)))
         for case, grid in CASES.items()
@@ -121,11 +130,11 @@ def module_batching(
         ids = _filled(host, batch, context - 1)
         model = RandomMixtral(shape)
         rings = {
-            case: StagingRing(host, blocks=max(1, plan.staging_blocks), buffers=plan.staging_buffers)
+            case: StagingRing(host, blocks=plan.staging_blocks, buffers=plan.staging_buffers)
             for case, plan in plans.items()
         }
         steps = {case: partial(_step, rings[case], model, ids, plan) for case, plan in plans.items()}
-        times = in_turn(steps, repetitions)
+        times = in_turn(steps, repetitions, clock=thread_time_ns)
     return [
         ModuleRow(
             case, backend, context, plan.B, plan.ba, plan.be, plan.omega, 1e6 * plan.step_seconds,

@@ -33,13 +33,15 @@ _KV_BYTES = 32 << 20  # of the sequences that are attended together, as far as 4
 def profile(
     device: torch.device | str = "cpu", *, model: ModelShape, device_bytes: int, host_bytes: int, context: int = 1024,
     dtypes: tuple[torch.dtype, ...] | None = None, repetitions: int = 7, attend: AttendStaged = attend_staged,
+    clock: Callable[[], float] = perf_counter,
 ) -> HardwareProfile:  # fmt: skip
     """A ``HardwareProfile`` of this machine; each time is the median of ``repetitions``.
 
     device: ``"cuda:N"``, or ``"cpu"``, where copies between two places of its memory stand for the links. model: its
     widths, heads and dtype are those that are measured, with random values. device_bytes, host_bytes: what plans may
     use. context: tokens of the longer of two lengths of sequences. dtypes: of the matmul rates, default the model's.
-    attend: as ``ModuleStep(attend=)``.
+    attend: as ``ModuleStep(attend=)``. clock: in seconds; ``time.thread_time`` for the CPU and one thread of a machine
+    that others use too.
 
     Rates and latencies are the line through the times of two sizes. Run it while the machine does nothing else, with
     as many threads as the plan is for (``torch.set_num_threads``). Cost: seconds. ``SpecError`` for sizes that are no
@@ -51,7 +53,7 @@ def profile(
     check_size("context", context, 2 * _BLOCK), check_size("repetitions", repetitions)
     check_size("device_bytes", device_bytes), check_size("host_bytes", host_bytes)
     place = open_device(device)
-    timer = _Timer(place, repetitions)
+    timer = _Timer(place, repetitions, clock)
     rates = tuple(_matmul(timer, model, dtype, rows) for dtype in kinds for rows in _ROWS)
     to_device, to_host, on_device, on_cpu = _attention(timer, model, context, attend)
     one = torch.ones(1, 1, dtype=parse_dtype(model.dtype), device=place)
@@ -64,8 +66,8 @@ def profile(
 
 
 class _Timer:
-    def __init__(self, device: torch.device, repetitions: int) -> None:
-        self.device, self.repetitions = device, repetitions
+    def __init__(self, device: torch.device, repetitions: int, clock: Callable[[], float]) -> None:
+        self.device, self.repetitions, self.clock = device, repetitions, clock
 
     def seconds(self, *calls: Callable[[], object]) -> list[float]:
         """Of each; they take turns, so that a slow moment of the machine affects all of them."""
@@ -73,11 +75,11 @@ class _Timer:
         for repetition in range(2 + self.repetitions):
             for call, own in zip(calls, times, strict=True):
                 self._wait()
-                begin = perf_counter()
+                begin = self.clock()
                 call()
                 self._wait()
                 if repetition >= 2:
-                    own.append(perf_counter() - begin)
+                    own.append(self.clock() - begin)
         return [median(own) for own in times]
 
     def _wait(self) -> None:

@@ -128,7 +128,7 @@ class _Search:
         fit = max(1, (costs.profile.host_bytes - costs.weight_bytes) // sequence)
         self.most = most = min(fit, queries or fit, max(grid.B or (fit,)))
         self.ba = grid.ba or _powers(max(1, most // 64), most)
-        tokens = -(-most * costs.new * model.experts_per_token // model.num_experts)
+        tokens = costs.expert_tokens(most)[1]
         self.be = grid.be or _powers(max(1, min(256, tokens // 64)), min(tokens, 65_536))
         self.omega = (0.0,) if costs.prefill else grid.omega or tuple(step / 20 for step in range(21))
         self.buffers = grid.expert_buffers or (0, 1, 2, max(1, model.num_experts // 2), model.num_experts)

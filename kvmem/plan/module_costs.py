@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, sqrt
 from typing import NamedTuple, TypeVar
 
 from kvmem.arguments import check_size
@@ -122,7 +122,7 @@ class ModuleCosts:
         attention = attended * (model.qkv_width + model.query_width) * size
         stream = choice.batch * self.new * (3 * model.hidden * size + 8 * model.experts_per_token)  # with routing
         expert = choice.expert_batch * 2 * (model.hidden + model.expert_hidden) * size
-        logits = min(choice.expert_batch, choice.batch) * model.vocab * 4
+        logits = choice.batch * model.vocab * 4
         kept = model.vocabulary_bytes + self.resident_bytes(choice) + self.staging_bytes(choice)
         return kept + weights + attention + stream + max(expert, logits)
 
@@ -135,7 +135,6 @@ class ModuleCosts:
         sizes = (choice.micro_batch, last)
         token = self.new * model.element_bytes
         back = [n * token * (model.qkv_width - model.query_width) for n in (sizes if self.prefill else (rows, 0))]
-        tokens = -(-choice.batch * self.new * model.experts_per_token // model.num_experts)
         return _Times(
             full,
             _pair(0 if self.prefill else _time(profile.to_device, n * self.kv_bytes) for n in sizes),
@@ -148,8 +147,8 @@ class ModuleCosts:
             _ps(_time(profile.to_host, cpu_rows * token * model.qkv_width)),
             _ps(_time(profile.cpu_attention, cpu_rows * self.kv_bytes, cpu_rows)),
             _ps(self._mix(choice.batch * self.new, cpu_rows)),
-            _ps(_in_parts(tokens, choice.expert_batch, self._expert)),  # if they are spread evenly
-            _ps(_in_parts(choice.batch, choice.expert_batch, lambda n: self._matmul(n, model.vocab))),
+            _ps(self._expert(*self.expert_tokens(choice.batch), choice.expert_batch)),
+            _ps(self._matmul(choice.batch, model.vocab)),
         )
 
     def _project(self, tokens: int) -> float:
@@ -170,9 +169,18 @@ class ModuleCosts:
         widths = model.query_width + model.num_experts
         return up + self._matmul(tokens, widths) + self._passes(5 * tokens * model.hidden, 5)
 
-    def _expert(self, tokens: int) -> float:
+    def expert_tokens(self, batch: int) -> tuple[float, int]:
+        """Tokens of an expert, if each token chose at random: the mean, and two standard deviations more."""
+        share = self.model.experts_per_token / self.model.num_experts
+        mean = batch * self.new * share
+        return mean, ceil(mean + 2 * sqrt(mean * (1 - share)))
+
+    def _expert(self, mean: float, many: int, most: int) -> float:
+        """In as many parts as ``many`` tokens make, the mean is computed."""
+        parts = -(-many // most)
+        tokens = ceil(mean / parts)
         moved = tokens * (5 * self.model.hidden + 3 * self.model.expert_hidden)
-        return 3 * self._matmul(tokens, self.model.expert_hidden) + self._passes(moved, 4)
+        return parts * (3 * self._matmul(tokens, self.model.expert_hidden) + self._passes(moved, 4))
 
     def _matmul_seconds(self, tokens: int, width: int) -> float:
         """Of a matrix between the residual stream and ``width``."""
@@ -289,11 +297,6 @@ def _blocks_and_bytes(spec: CacheSpec, model: ModelShape, context: int) -> tuple
 def _time(link: Link, bytes: int, times: int = 1) -> float:
     """``Link.seconds`` in floats; nothing takes no time."""
     return bytes / float(link.bytes_per_second) + times * float(link.latency_seconds) if bytes else 0.0
-
-
-def _in_parts(total: int, most: int, seconds: Callable[[int], float]) -> float:
-    full, last = divmod(total, most)
-    return full * seconds(most) + (seconds(last) if last else 0.0)
 
 
 def _ps(seconds: float) -> int:
