@@ -104,8 +104,8 @@ CASES = {
 def module_batching(
     backend: Backend = "paged", *, batch: int = 32, context: int = 256, repetitions: int = 10, shape: ModelShape = SHAPE
 ) -> list[ModuleRow]:
-    """A row for each of ``CASES``. Device and host are this CPU, on one thread, so no part of a step hides another. Times
-    are that thread's, which other work on the machine lengthens little.
+    """A row for each of ``CASES``. Device and host are this CPU, on one thread, so no part of a step hides another.
+    Times are that thread's, which other work on the machine lengthens little.
     """
     with one_thread():
         return _measured(backend, batch, context, repetitions, shape)

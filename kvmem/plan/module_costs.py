@@ -122,7 +122,7 @@ class ModuleCosts:
         attention = attended * (model.qkv_width + model.query_width) * size
         stream = choice.batch * self.new * (3 * model.hidden * size + 8 * model.experts_per_token)  # with routing
         expert = choice.expert_batch * 2 * (model.hidden + model.expert_hidden) * size
-        logits = choice.batch * model.vocab * 4
+        logits = min(choice.expert_batch, choice.batch) * model.vocab * 4
         kept = model.vocabulary_bytes + self.resident_bytes(choice) + self.staging_bytes(choice)
         return kept + weights + attention + stream + max(expert, logits)
 
@@ -133,7 +133,7 @@ class ModuleCosts:
         rows = choice.batch - cpu_rows
         full, last = divmod(rows, choice.micro_batch)
         sizes = (choice.micro_batch, last)
-        token = self.new * model.element_bytes
+        token, heads = self.new * model.element_bytes, -(-choice.batch // choice.expert_batch)
         back = [n * token * (model.qkv_width - model.query_width) for n in (sizes if self.prefill else (rows, 0))]
         return _Times(
             full,
@@ -148,7 +148,7 @@ class ModuleCosts:
             _ps(_time(profile.cpu_attention, cpu_rows * self.kv_bytes, cpu_rows)),
             _ps(self._mix(choice.batch * self.new, cpu_rows)),
             _ps(self._expert(*self.expert_tokens(choice.batch), choice.expert_batch)),
-            _ps(self._matmul(choice.batch, model.vocab)),
+            _ps(heads * self._matmul(-(-choice.batch // heads), model.vocab)),
         )
 
     def _project(self, tokens: int) -> float:

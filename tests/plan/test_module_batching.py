@@ -231,8 +231,8 @@ def test_mixtral_on_a_small_gpu() -> None:
 
 def test_no_link_traffic_is_left_where_all_weights_fit() -> None:
     model = replace(MIXTRAL, num_layers=2)
-    profile = machine(device_bytes=40 * 10**9)
-    plan = modules(spec_of(model), model, profile, context=64, grid=Grid(omega=(1.0,)))
+    profile = machine(device_bytes=40 * 10**9, to_device=Link("to_device", 1e9))
+    plan = modules(spec_of(model), model, profile, context=64, queries=64, grid=Grid(omega=(1.0,)))
     assert (plan.expert_buffers, plan.s_params) == (0, 2 * (model.dense_bytes + 8 * model.expert_bytes))
     assert ModuleCosts(spec_of(model), model, profile, context=64).busy(plan.choice)["to_device"] == 0
 
