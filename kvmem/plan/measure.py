@@ -50,6 +50,9 @@ def profile(
     if not isinstance(model, ModelShape):
         raise SpecError(f"model: got {brief(model)}; must be a ModelShape")
     kinds = check_members("dtypes", (model.dtype,) if dtypes is None else dtypes, torch.dtype)
+    for kind in kinds:
+        if not kind.is_floating_point or kind.itemsize == 1:
+            raise SpecError(f"dtypes: got {kind}; torch multiplies matrices of floats of 16 to 64 bits")
     check_size("context", context, 2 * _BLOCK), check_size("repetitions", repetitions)
     check_size("device_bytes", device_bytes), check_size("host_bytes", host_bytes)
     place = open_device(device)

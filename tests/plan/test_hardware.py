@@ -87,6 +87,7 @@ def test_this_machine(dtype: torch.dtype) -> None:
         ({"device_bytes": 0}, SpecError, "device_bytes"),
         ({"repetitions": 0}, SpecError, "repetitions"),
         ({"dtypes": ("float32",)}, SpecError, "dtypes"),
+        ({"dtypes": (torch.float8_e4m3fn,)}, SpecError, "dtypes: got torch.float8_e4m3fn"),
     ],
 )
 def test_what_cannot_be_measured(changes: dict[str, Any], error: type[Exception], words: str) -> None:

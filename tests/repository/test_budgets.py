@@ -22,18 +22,20 @@ PARTS = [
     (
         "kvmem without the next parts",
         ["kvmem"],
-        ["kvmem/layouts", "kvmem/tiers", "kvmem/chunks", "kvmem/bench"],
+        ["kvmem/layouts", "kvmem/tiers", "kvmem/chunks", "kvmem/plan", "kvmem/bench"],
         10_800,
     ),
     ("kvmem/tiers", ["kvmem/tiers"], [], 2_600),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
-    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_810),
+    ("kvmem/plan", ["kvmem/plan"], [], 1_520),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_970),
     ("benchmarks", ["benchmarks"], [], 3_000),
-    ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks"], 38_600),
+    ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks", "tests/plan"], 38_600),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
+    ("tests/plan", ["tests/plan"], [], 950),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 14
 # Each has its reason in docs/decisions.md, "Sizes".
@@ -47,7 +49,7 @@ SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
 FULLER_FOLDERS = {
     "csrc/allocator": 16,
-    "kvmem/bench": 20,
+    "kvmem/bench": 21,
     "kvmem/layouts": 18,
     "tests/bench": 16,
     "tests/index": 16,
