@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from types import TracebackType
+from weakref import ref
 
 import numpy as np
 import torch
@@ -51,13 +52,14 @@ class ModuleStep:
         check_size("micro_batch", micro_batch)
         if not check_number("omega", omega, most=1) >= 0:
             raise SpecError(f"omega: got {omega}; the CPU's share is from 0 to 1")
-        if ring.used_bytes:
-            raise SpecError("ring: has buffers that are taken; the step before this one has not ended")
+        before = ring.step() if ring.step is not None else None
+        if ring.used_bytes or (before is not None and before._open):
+            raise SpecError("ring: is in use; the step before this one has not ended: commit() or abort() it")
         self._ids = np.array(several(sequences, self.host.core), np.int32)
         self._lengths = self._committed()
         self.cpu_rows = int(omega * len(self._ids) + 0.5)
         self.host.extend_batch(self._ids, np.ones_like(self._ids))
-        self._open, self._layer = True, 0
+        self._open, self._layer, ring.step = True, 0, ref(self)
         try:
             self._begin(micro_batch)
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 
@@ -91,6 +92,7 @@ class StagingRing:
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on both devices
             raise OutOfMemory(f"staging: no memory for {buffers} buffers of {size:,} bytes on {self.device}") from error
         self._held: dict[StagedKV, _Buffer] = {}
+        self.step: ref[Any] | None = None  # the last ModuleStep, which fills these batches
         self._batches: dict[int, tuple[int, Batch]] = {}
         self.bytes = sum(buffer.memory.nbytes for buffer in self._free)
         self.peak_bytes, self._closed = 0, False
