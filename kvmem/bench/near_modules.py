@@ -7,22 +7,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from time import thread_time, thread_time_ns
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kvmem import Allocator, CacheSpec
 from kvmem.bench.model import Backend
 from kvmem.bench.timing import Ratio, Spread, in_turn, one_thread
-from kvmem.kernels.write import write_kv
 from kvmem.layouts.rope import Rope
 from kvmem.plan import Grid, ModelShape, ModulePlan, ModuleStep, StagingRing, expert_batches, modules, profile
+from kvmem.plan.measure import filled_sequences
 from kvmem.spec.dtypes import parse_dtype
 
-#: A model whose KV of one layer is some MiB, so that a step takes milliseconds on any machine.
+#: A model whose kernels take longer than the calls of them, on any machine.
 SHAPE = ModelShape(
-    num_layers=4, hidden=256, num_query_heads=8, num_kv_heads=2, head_dim=64, num_experts=8, experts_per_token=2,
-    expert_hidden=512, vocab=1000, dtype=torch.float32,
+    num_layers=2, hidden=512, num_query_heads=8, num_kv_heads=2, head_dim=64, num_experts=8, experts_per_token=2,
+    expert_hidden=1024, vocab=1000, dtype=torch.float32,
 )  # fmt: skip
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -54,10 +53,10 @@ class RandomMixtral:
         rotation. be: tokens that an expert computes at once.
         """
         shape, x = self.shape, self.embedding[tokens]
-        heads = (shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads)
+        heads = [shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads]
         for layer, w in enumerate(self.layers):
             projected = (F.rms_norm(x, (shape.hidden,)) @ w["qkv"]).view(len(x), -1, shape.head_dim)
-            q, k, v = torch.split(projected, list(heads), 1)
+            q, k, v = torch.split(projected, heads, 1)
             q, k = (self.rope.apply(part, positions) for part in (q, k))
             x = x + attend(layer, q, k, v).flatten(1) @ w["o"]
             x = x + self._experts(F.rms_norm(x, (shape.hidden,)), w, be)
@@ -102,7 +101,12 @@ CASES = {
 
 
 def module_batching(
-    backend: Backend = "paged", *, batch: int = 32, context: int = 256, repetitions: int = 10, shape: ModelShape = SHAPE
+    backend: Backend = "paged",
+    *,
+    batch: int = 32,
+    context: int = 1024,
+    repetitions: int = 10,
+    shape: ModelShape = SHAPE,
 ) -> list[ModuleRow]:
     """A row for each of ``CASES``. Device and host are this CPU, on one thread, so no part of a step hides another.
     Times are that thread's, which other work on the machine lengthens little.
@@ -127,7 +131,7 @@ def _measured(backend: Backend, batch: int, context: int, repetitions: int, shap
     with Allocator(
         spec, backend=backend, device="cpu", memory=memory, max_sequences=batch, max_tokens=context, interleave="none"
     ) as host:
-        ids = _filled(host, batch, context - 1)
+        ids = filled_sequences(host, batch, context - 1).tolist()
         model = RandomMixtral(shape)
         rings = {
             case: StagingRing(host, blocks=plan.staging_blocks, buffers=plan.staging_buffers)
@@ -144,21 +148,7 @@ def _measured(backend: Backend, batch: int, context: int, repetitions: int, shap
     ]  # fmt: skip
 
 
-def _filled(host: Allocator, batch: int, tokens: int) -> list[int]:
-    """Handles of sequences with random KV."""
-    ids = host.open_batch(batch)
-    counts = np.full(batch, tokens, np.int32)
-    host.extend_batch(ids, counts)
-    new = host.batch(ids)
-    for layer in range(host.spec.num_layers):
-        cache = host.kv(layer)
-        k, v = (torch.randn(new.num_new_tokens, *part.shape[2:], dtype=part.dtype) for part in cache)
-        write_kv(cache, new, k, v)
-    host.commit_batch(ids, counts)
-    return [int(handle) for handle in ids]
-
-
 def _step(ring: StagingRing, model: RandomMixtral, ids: list[int], plan: ModulePlan) -> None:
     """A step that is not committed, so that the next one finds the same."""
     with ModuleStep(ring, ids[: plan.B], micro_batch=plan.ba, omega=plan.omega) as step:
-        model.logits(torch.zeros(plan.B, dtype=torch.int64), step.positions, step.attend, plan.be)
+        model.logits(torch.arange(plan.B) % model.shape.vocab, step.positions, step.attend, plan.be)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import cycle
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ from kvmem.plan.staging import StagingRing, open_device
 from kvmem.spec import CacheSpec
 from kvmem.spec.dtypes import dtype_name, parse_dtype
 
-__all__ = ["profile"]
+if TYPE_CHECKING:
+    from kvmem.arguments import Handles
+
+__all__ = ["filled_sequences", "profile"]
 
 _ROWS = (1, 4, 16, 64, 256, 1024)
 _BLOCK = 16
@@ -83,7 +86,7 @@ class _Timer:
                 self._wait()
                 if repetition >= 2:
                     own.append(self.clock() - begin)
-        return [median(own) for own in times]
+        return [max(median(own), 1e-9) for own in times]  # a clock may not have moved
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -156,20 +159,15 @@ class _Sequences:
 
     def __init__(self, host: Allocator, ring: StagingRing, model: ModelShape, number: int, tokens: int) -> None:
         self.host, self.ring, self.number = host, ring, number
-        self.ids = host.open_batch(number)
-        counts = np.full(number, tokens - 1, np.int32)
-        host.extend_batch(self.ids, counts)
-        if tokens > 1:
-            write_kv(host.kv(0), host.batch(self.ids), *_random(model, number * (tokens - 1), torch.device("cpu")))
-        host.commit_batch(self.ids, counts)
-        host.extend_batch(self.ids, np.ones_like(self.ids))
-        self.batch = host.batch(self.ids)
+        ids = filled_sequences(host, number, tokens - 1)
+        host.extend_batch(ids, np.ones_like(ids))
+        self.batch = host.batch(ids)
         self.part = ring.micro_batch(self.batch)
         self.bytes = tokens * host.spec.bytes_per_token
-        self.k, self.v = _random(model, number, ring.device)
-        heads = model.num_query_heads // model.num_kv_heads
-        self.q = _random(model, number, ring.device)[0].repeat_interleave(heads, 1)
-        self.q_cpu = self.q.to("cpu")
+        k, v = host.kv(0)
+        self.q_cpu = torch.randn(number, model.num_query_heads, model.head_dim).to(k.dtype)
+        self.k, self.v = (torch.randn(number, *part.shape[2:]).to(ring.device, part.dtype) for part in (k, v))
+        self.q = self.q_cpu.to(ring.device)
 
     def case(self, call: Callable[[], object], times: int) -> _Case:
         return _Case(self.bytes * self.number // times, times, call)
@@ -195,7 +193,14 @@ class _Sequences:
         return _Case(self.number * self.host.spec.bytes_per_token, 1, write)
 
 
-def _random(model: ModelShape, tokens: int, device: torch.device) -> list[torch.Tensor]:
-    """K and V ``[tokens, heads, width]``."""
-    shape = (tokens, model.num_kv_heads, model.head_dim)
-    return [torch.randn(shape).to(device, parse_dtype(model.dtype)) for _ in "kv"]
+def filled_sequences(host: Allocator, number: int, tokens: int) -> Handles:
+    """Handles of new sequences with so many committed tokens of random K and V, in every layer."""
+    ids, counts = host.open_batch(number), np.full(number, tokens, np.int32)
+    host.extend_batch(ids, counts)
+    new = host.batch(ids)
+    for layer in range(host.spec.num_layers):
+        cache = host.kv(layer)
+        k, v = (torch.randn(number * tokens, *part.shape[2:]).to(part.dtype) for part in cache)
+        write_kv(cache, new, k, v)
+    host.commit_batch(ids, counts)
+    return ids

@@ -92,7 +92,7 @@ def every(grid: Grid, costs: ModuleCosts, queries: int | None) -> list[Choice]:
 
 def test_the_plan_is_the_best_of_its_grid(seed: int) -> None:
     draw, planned = random.Random(seed), 0
-    for _ in range(40):
+    for _ in range(80):
         model, profile, context = drawn(draw)
         prefill, queries = draw.random() < 0.3, draw.choice([None, 2, 20])
         grid = replace(SMALL, omega=(0.0,)) if prefill else SMALL
