@@ -106,7 +106,7 @@ class ModuleStep:
         if not self._open or layer != self._layer:
             due = f"the next is {self._layer}" if self._open else "the step has ended"
             raise SpecError(f"layer: got {brief(layer)}; {due}")
-        self._check_queries(q)
+        self._check(q, k, v)
         write_kv(self.host.kv(layer), self._all, k.to("cpu"), v.to("cpu"))
         try:
             out = self._attend_all(layer, q, k, v, scale)
@@ -116,8 +116,12 @@ class ModuleStep:
         self._layer += 1
         return out
 
-    def _check_queries(self, q: torch.Tensor) -> None:
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         check_queries(q)
+        for name, one in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(one, torch.Tensor) or one.device.type != self.ring.device.type:
+                got = one.device if isinstance(one, torch.Tensor) else type(one).__name__
+                raise SpecError(f"{name}: got {got}; must be a tensor on {self.ring.device}, where the ring is")
         group = self.host.spec.groups[0]
         heads, (width,) = group.heads("k", 0), group.widths("k", 0)
         if len(q) != len(self._ids) or q.shape[1] % heads or q.shape[2] != width:

@@ -173,7 +173,15 @@ def test_a_step_that_fails_changes_nothing(backend: str) -> None:
         before = lengths()
         with ModuleStep(ring, sequences, micro_batch=1) as step:
             assert lengths() != before
-            for wrong in ((1, q, k, v), (0, q[:1], k, v), (0, q, k[:1], v), (0, q[:, :3], k, v), (0, q[..., :4], k, v)):
+            for wrong in (
+                (1, q, k, v),
+                (0, q[:1], k, v),
+                (0, q, k[:1], v),
+                (0, q[:, :3], k, v),
+                (0, q[..., :4], k, v),
+                (0, q, None, v),
+                (0, q, k, v.to("meta")),
+            ):
                 with pytest.raises(SpecError):
                     step.attend(*wrong)
             with pytest.raises(SpecError, match="0 of 2 layers"):

@@ -28,14 +28,14 @@ PARTS = [
     ("kvmem/tiers", ["kvmem/tiers"], [], 2_600),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
-    ("kvmem/plan", ["kvmem/plan"], [], 1_520),
+    ("kvmem/plan", ["kvmem/plan"], [], 1_540),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_970),
     ("benchmarks", ["benchmarks"], [], 3_000),
     ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks", "tests/plan"], 38_600),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
-    ("tests/plan", ["tests/plan"], [], 950),
+    ("tests/plan", ["tests/plan"], [], 1_000),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 14
 # Each has its reason in docs/decisions.md, "Sizes".
