@@ -26,8 +26,8 @@ __all__ = ["PICOSECONDS", "Choice", "ModuleCosts"]
 
 PICOSECONDS = 10**12  # times are integers of these: the graph's longest path and its lower bound are then exact
 _Handle = TypeVar("_Handle")
-#: ``run(resource, picoseconds, after)`` returns what later work names in ``after``, where None is nothing.
-Run = Callable[[str, int, tuple[_Handle | None, ...]], _Handle]
+#: ``run(name, resource, picoseconds, after)`` returns what later work has in its ``after``, where None is nothing.
+Run = Callable[[str, str, int, tuple[_Handle | None, ...]], _Handle]
 
 
 class Choice(NamedTuple):
@@ -203,33 +203,34 @@ class ModuleCosts:
         done: _Handle | None = None
         fetched = copied = 0
         for layer in range(layers):
-            dense = None if choice.resident else run("to_device", t.dense_copy, (dense_free[layer % 2],))
+            dense = None if choice.resident else run("copy dense", "to_device", t.dense_copy, (dense_free[layer % 2],))
             by_cpu = begun = None
             if choice.cpu_rows:
-                asked = run("device", t.project_cpu, (done, dense))
-                by_cpu = run("cpu", t.attend_cpu, (run("to_host", t.send_cpu, (asked,)),))
+                asked = run("project", "device", t.project_cpu, (done, dense))
+                sent = run("send", "to_host", t.send_cpu, (asked,))
+                by_cpu = run("attend in place", "cpu", t.attend_cpu, (sent,))
             if t.project:
-                begun = run("device", t.project, (done, dense))
-                run("to_host", t.write_back[0], (begun,))
+                begun = run("project", "device", t.project, (done, dense))
+                run("write back", "to_host", t.write_back[0], (begun,))
             for part in [0] * t.full + [1] * (t.attend[1] > 0):
                 slot = fetched % len(staged)
-                copy = None if self.prefill else run("to_device", t.fetch[part], (staged[slot],))
-                staged[slot] = run("device", t.attend[part], (copy, begun, done, dense))
+                copy = None if self.prefill else run("fetch", "to_device", t.fetch[part], (staged[slot],))
+                staged[slot] = run("attend", "device", t.attend[part], (copy, begun, done, dense))
                 fetched += 1
                 if self.prefill:
-                    run("to_host", t.write_back[part], (staged[slot],))
+                    run("write back", "to_host", t.write_back[part], (staged[slot],))
             # The device works in order, so the last micro-batch needs no mention.
-            mixed = dense_free[layer % 2] = run("device", t.mix, (by_cpu,))
+            mixed = dense_free[layer % 2] = run("mix", "device", t.mix, (by_cpu,))
             resident = (layer + 1) * kept // layers - layer * kept // layers
             for expert in range(self.model.num_experts):
                 if expert < resident:
-                    done = run("device", t.expert, (mixed,))
+                    done = run("resident expert", "device", t.expert, (mixed,))
                     continue
                 slot = copied % len(experts)
-                weights = run("to_device", t.expert_copy, (experts[slot],))
-                experts[slot] = done = run("device", t.expert, (weights, mixed))
+                weights = run("copy expert", "to_device", t.expert_copy, (experts[slot],))
+                experts[slot] = done = run("expert", "device", t.expert, (weights, mixed))
                 copied += 1
-        run("device", t.head, (done,))
+        run("head", "device", t.head, (done,))
 
     def busy(self, choice: Choice) -> dict[str, int]:
         """Picoseconds of a step that each engine and link works."""
@@ -255,7 +256,7 @@ class ModuleCosts:
         free: dict[str, int] = {}
         one = None if self.profile.concurrent else "thread"
 
-        def run(resource: str, spent: int, after: tuple[int | None, ...]) -> int:
+        def run(name: str, resource: str, spent: int, after: tuple[int | None, ...]) -> int:
             start = free.get(one or resource, 0)
             for end in after:
                 if end is not None and end > start:
@@ -267,12 +268,13 @@ class ModuleCosts:
         return max(free.values())
 
     def clock(self, choice: Choice) -> Clock:
-        """A step on the virtual clock, to be looked at."""
+        """A step on the virtual clock, by name, to be looked at."""
         clock = Clock()
 
-        def run(resource: str, spent: int, after: tuple[Work | None, ...]) -> Work:
+        def run(name: str, resource: str, spent: int, after: tuple[Work | None, ...]) -> Work:
             resource = resource if self.profile.concurrent else "thread"
-            return clock.run(resource, Fraction(spent, PICOSECONDS), after=[work for work in after if work is not None])
+            needed = [work for work in after if work is not None]
+            return clock.run(resource, Fraction(spent, PICOSECONDS), after=needed, name=name)
 
         self.schedule(choice, run)
         return clock

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvmem import CacheSpec, SpecError
-from kvmem.plan.clock import Link
+from kvmem.plan.clock import Link, Work
 from kvmem.plan.hardware import HardwareProfile, MatmulRate, ModelShape
 from kvmem.plan.module_batching import Grid, ModulePlan, modules
 from kvmem.plan.module_costs import PICOSECONDS, Choice, ModuleCosts
@@ -131,6 +131,38 @@ def test_times_are_those_of_the_virtual_clock(seed: int) -> None:
         assert clock.now * PICOSECONDS == costs.picoseconds(choice) >= costs.least_picoseconds(choice)
         assert {name: clock.busy(name) * PICOSECONDS for name in costs.busy(choice)} == costs.busy(choice)
         assert sum(costs.busy(choice).values()) == sum(work.seconds for work in clock.work) * PICOSECONDS
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_what_waits_for_what(buffers: int, seed: int) -> None:
+    """Each kernel for its copy, each copy for the kernel that used its buffer last, the experts for all attention."""
+    draw = random.Random(seed)
+    for _ in range(20):
+        model, profile, context = drawn(draw)
+        costs = ModuleCosts(spec_of(model), model, profile, context=context, staging_buffers=buffers)
+        batch = draw.randrange(2, 40)
+        choice = Choice(batch, draw.randrange(1, 9), 16, draw.randrange(1, batch), buffers, 0)
+        by_name: dict[str, list[Work]] = {}
+        for work in costs.clock(choice).work:
+            by_name.setdefault(work.name, []).append(work)
+        for copies, kernels in (("fetch", "attend"), ("copy expert", "expert")):
+            for copy, kernel in zip(by_name[copies], by_name[kernels], strict=True):
+                assert kernel.start >= copy.end
+            for used, copy in zip(by_name[kernels], by_name[copies][buffers:], strict=False):
+                assert copy.start >= used.end
+        each = {name: len(found) // model.num_layers for name, found in by_name.items()}
+        for layer, mixed in enumerate(by_name["mix"]):
+            own = {name: by_name[name][layer * n : (layer + 1) * n] for name, n in each.items() if n}
+            sent, queries = own["send"][0], own["project"][0]
+            assert own["attend in place"][0].start >= sent.end and sent.start >= queries.end
+            assert queries.start >= max(
+                own["copy dense"][0].end, by_name["expert"][layer * each["expert"] - 1].end * bool(layer)
+            )
+            assert mixed.start >= max(work.end for name in ("attend", "attend in place") for work in own[name])
+            assert min(work.start for work in own["expert"]) >= mixed.end
+        assert [len(by_name[name]) for name in ("attend", "expert")] == [
+            model.num_layers * -(-(batch - choice.cpu_rows) // choice.micro_batch), model.num_layers * model.num_experts,
+        ]  # fmt: skip
 
 
 def test_plans_fit_and_what_does_not_fit_names_the_memory(seed: int) -> None:
