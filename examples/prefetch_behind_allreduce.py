@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import kvmem
-from kvmem.plan.prefetch import prefetch
+from kvmem.plan import prefetch
 from kvmem.tiers import Identity, Tiers, largest_block_bytes
 from kvmem.tiers.disk import DiskTier
 

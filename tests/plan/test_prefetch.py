@@ -14,8 +14,8 @@ from prefetch_world import bytes_in_order, grow, make
 
 from kvmem import SpecError
 from kvmem.allocator.prefetch import Ranges
+from kvmem.plan import play, prefetch
 from kvmem.plan.clock import Clock
-from kvmem.plan.prefetch import play, prefetch
 
 
 def memory(size: int, address: int = 1 << 20) -> Ranges:

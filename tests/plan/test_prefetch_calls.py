@@ -17,7 +17,7 @@ import kvmem
 from kvmem import DeviceError, SpecError, StaleHandle, _core
 from kvmem.allocator.prefetch import Ranges, ReadSet, Window
 from kvmem.kernels import reference
-from kvmem.plan.prefetch import prefetch
+from kvmem.plan import prefetch
 from kvmem.tiers import Identity, Tiers
 
 ENOUGH: dict[str, Any] = dict(window_seconds=1, bytes_per_second=1 << 40, budget_bytes="1GiB")

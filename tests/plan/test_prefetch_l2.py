@@ -81,7 +81,7 @@ def test_an_allocator_launches_it_on_the_stream(
     side.record_event = lambda: event
     sequence = alloc.sequence()
     grow(sequence, 40, rng)
-    from kvmem.plan.prefetch import prefetch
+    from kvmem.plan import prefetch
 
     reads = alloc.read_set(0, [sequence])
     (item,) = prefetch([reads], window_seconds=1, bytes_per_second=1 << 30, budget_bytes="1MiB")

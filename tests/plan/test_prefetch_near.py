@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from kvmem.bench.near_prefetch import near_prefetch
+from kvmem.bench.near.prefetch import near_prefetch
 
 
 def test_both_media_are_measured() -> None:

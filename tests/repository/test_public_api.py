@@ -142,7 +142,7 @@ def test_errors_are_what_python_calls_them() -> None:
 DOCUMENTED = [
     "kvmem", "kvmem.allocator", "kvmem.allocator.batch", "kvmem.allocator.cascade", "kvmem.allocator.ops", "kvmem.allocator.prefetch", "kvmem.memory",
     "kvmem.memory.pool", "kvmem.integrations.cuda_python", "kvmem.integrations.dense_batch",
-    "kvmem.integrations.transformers", "kvmem.plan.prefetch", "kvmem.selectors",
+    "kvmem.integrations.transformers", "kvmem.plan", "kvmem.selectors",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvmem.bench.language_models import load_language_model
-from kvmem.bench.near_selectors import recorded, repository_text, selector_rows
+from kvmem.bench.near.selectors import recorded, repository_text, selector_rows
 from kvmem.bench.text import BenchError
 
 

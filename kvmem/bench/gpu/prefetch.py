@@ -15,7 +15,7 @@ from kvmem.bench.gpu.measure import FAILURES, Part, spread_us
 from kvmem.bench.gpu.memory import Managed
 from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.timing import WARM_UP, Ratio, Spread
-from kvmem.plan.prefetch import prefetch
+from kvmem.plan import prefetch
 
 _SECONDS = 6.0
 

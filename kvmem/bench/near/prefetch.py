@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 from kvmem import Allocator, CacheSpec
 from kvmem.allocator.prefetch import Window
 from kvmem.bench.timing import WARM_UP, Ratio, Spread
+from kvmem.plan import play, prefetch
 from kvmem.plan.clock import Clock
-from kvmem.plan.prefetch import play, prefetch
 from kvmem.tiers import Identity, Tiers, largest_block_bytes
 from kvmem.tiers.disk import DiskTier
 
