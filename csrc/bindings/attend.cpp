@@ -17,8 +17,9 @@ namespace {
 using Ints = nb::ndarray<const i32, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const i32, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Packed = nb::ndarray<nb::ndim<3>, nb::device::cpu>;  // [tokens, heads, width]
-using Blocks = nb::ndarray<nb::ndim<4>, nb::device::cpu>;  // [blocks, block_size, heads, width]
+// A tensor as Python describes it: its address, then shape and strides, in elements. DLPack would take longer than the
+// attention of a short sequence.
+using Tensor = nb::tuple;
 
 Element element_of(const std::string& name) {
   constexpr std::pair<const char*, Element> kNames[] = {
@@ -63,47 +64,58 @@ void make_plan(Plan* self, Table block_table, Ints seq_lens, Ints first_tokens, 
   new (self) Plan(std::move(plan));
 }
 
-Rows rows_of(const Packed& tensor, const char* name, i64 tokens, i64 heads, i64 width, Element element) {
-  const i64 bytes = bytes_of(element);
-  const bool fits = static_cast<i64>(tensor.shape(0)) == tokens && static_cast<i64>(tensor.shape(1)) == heads &&
-                    static_cast<i64>(tensor.shape(2)) == width && (width == 1 || tensor.stride(2) == 1) &&
-                    tensor.dtype().bits == 8 * bytes;
-  if (!fits) {
-    throw SpecError(std::string(name) + ": must be [" + std::to_string(tokens) + ", " + std::to_string(heads) + ", " +
-                    std::to_string(width) + "] of the dtype that the plan was made for, the last dimension dense");
+struct Strided {
+  unsigned char* data;
+  i64 shape[4], strides[4];
+};
+
+Strided strided(const Tensor& tensor, const char* name, size_t dims, i64 bytes) {
+  if (tensor.size() != 1 + 2 * dims)
+    throw SpecError(std::string(name) + ": must have " + std::to_string(dims) + " dims");
+  Strided found = {reinterpret_cast<unsigned char*>(nb::cast<std::uintptr_t>(tensor[0])), {}, {}};
+  for (size_t i = 0; i < dims; ++i) {
+    found.shape[i] = nb::cast<i64>(tensor[1 + i]), found.strides[i] = nb::cast<i64>(tensor[1 + dims + i]) * bytes;
   }
-  return {static_cast<unsigned char*>(tensor.data()), tensor.stride(0) * bytes, tensor.stride(1) * bytes};
+  const bool dense = found.shape[dims - 1] == 1 || found.strides[dims - 1] == bytes;
+  if (!dense) throw SpecError(std::string(name) + ": the last dimension must be dense");
+  return found;
 }
 
-KeyValues key_values_of(const Blocks& tensor, const char* name, const Attention& plan, i64 width) {
-  const i64 bytes = bytes_of(plan.shape().stored);
-  const bool fits = static_cast<i64>(tensor.shape(1)) == plan.block_size() &&
-                    static_cast<i64>(tensor.shape(2)) == plan.shape().heads &&
-                    static_cast<i64>(tensor.shape(3)) == width && (width == 1 || tensor.stride(3) == 1) &&
-                    tensor.dtype().bits == 8 * bytes;
-  if (!fits) {
-    throw SpecError(std::string(name) + ": must be [blocks, " + std::to_string(plan.block_size()) + ", " +
-                    std::to_string(plan.shape().heads) + ", " + std::to_string(width) +
-                    "] of the dtype that the plan was made for, the last dimension dense");
+void check_shape(const Strided& tensor, const char* name, size_t first, std::initializer_list<i64> wanted) {
+  std::string text;
+  bool same = true;
+  for (const i64 size : wanted) {
+    same &= tensor.shape[first++] == size;
+    text += (text.empty() ? "" : ", ") + std::to_string(size);
   }
-  return {static_cast<const unsigned char*>(tensor.data()), tensor.stride(0) * bytes, tensor.stride(1) * bytes,
-          tensor.stride(2) * bytes};
+  if (!same)
+    throw SpecError(std::string(name) + ": must be [" + (wanted.size() < first ? "blocks, " : "") + text + "]");
 }
 
-void run_plan(const Plan& self, Packed q, Blocks k, Blocks v, Packed out, std::optional<Out<float, 2>> lse,
-              i64 threads) {
+Rows rows_of(const Tensor& tensor, const char* name, const Attention& plan, i64 width) {
+  const Strided t = strided(tensor, name, 3, bytes_of(plan.shape().query));
+  check_shape(t, name, 0, {plan.queries(), plan.shape().query_heads, width});
+  return {t.data, t.strides[0], t.strides[1]};
+}
+
+KeyValues key_values_of(const Tensor& tensor, const char* name, const Attention& plan, i64 width, i64* num_blocks) {
+  const Strided t = strided(tensor, name, 4, bytes_of(plan.shape().stored));
+  check_shape(t, name, 1, {plan.block_size(), plan.shape().heads, width});
+  *num_blocks = std::min(*num_blocks, t.shape[0]);
+  return {t.data, t.strides[0], t.strides[1], t.strides[2]};
+}
+
+// REQUIRES: the tensors are of the dtypes that the plan was made for, and live until this returns.
+void run_plan(const Plan& self, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+              std::uintptr_t lse, i64 threads) {
   const Attention& plan = *self.attention;
   const AttentionShape& shape = plan.shape();
-  if (lse &&
-      (static_cast<i64>(lse->shape(0)) != plan.queries() || static_cast<i64>(lse->shape(1)) != shape.query_heads)) {
-    throw SpecError("lse: must be float32 [queries, query heads]");
-  }
-  const AttentionCall call = {rows_of(q, "q", plan.queries(), shape.query_heads, shape.width, shape.query),
-                              rows_of(out, "out", plan.queries(), shape.query_heads, shape.value_width, shape.query),
-                              key_values_of(k, "k", plan, shape.width),
-                              key_values_of(v, "v", plan, shape.value_width),
-                              static_cast<i64>(std::min(k.shape(0), v.shape(0))),
-                              lse ? lse->data() : nullptr};
+  i64 num_blocks = INT64_MAX;
+  const KeyValues keys = key_values_of(k, "k", plan, shape.width, &num_blocks);
+  const KeyValues values = key_values_of(v, "v", plan, shape.value_width, &num_blocks);
+  const AttentionCall call = {
+      rows_of(q, "q", plan, shape.width), rows_of(out, "out", plan, shape.value_width), keys, values, num_blocks,
+      reinterpret_cast<float*>(lse)};
   const WithoutGil free;
   plan.run(call, threads);
 }
@@ -119,9 +131,9 @@ void kvmem::bind_attend(nb::module_& m) {
                    "cu_seqlens_q: object, *, block_size: int, query_heads: int, heads: int, width: int, "
                    "value_width: int, query: str, stored: str, scale: float, value_scale: float = 1.0, "
                    "soft_cap: float = 0.0, window: int = 0, causal: bool = True, sinks: object | None = None) -> None"))
-      .def("run", &run_plan, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "threads"_a,
-           nb::sig("def run(self, q: object, k: object, v: object, out: object, lse: object | None, "
-                   "threads: int) -> None"));
+      .def("run", &run_plan, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "threads"_a,
+           nb::sig("def run(self, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: tuple[int, ...], "
+                   "lse: int, threads: int) -> None"));
   m.def("attention_levels", [] {
     std::vector<std::string> names;
     for (const char* name : attention_levels()) names.emplace_back(name);

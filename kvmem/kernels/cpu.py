@@ -14,7 +14,7 @@ from kvmem import _core
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run
-from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, check_queries, plain, window_left
+from kvmem.kernels.checks import check_all_blocks, check_batch, check_queries, plain, window_left
 
 __all__ = ["DTYPES", "attention", "plan"]
 
@@ -46,8 +46,6 @@ def attention(
     """
     check_queries(q)
     check_all_blocks(cache)
-    if (q.device.type, cache[0].device.type) != ("cpu", "cpu"):
-        raise SpecError(f"q: got tensors on {q.device} and {cache[0].device}; this kernel reads memory of the CPU")
     run = plan(
         batch, num_query_heads=q.shape[1], num_kv_heads=cache[0].shape[2], head_dim=q.shape[2], dtype=q.dtype,
         kv_dtype=cache[0].dtype, value_dim=cache[1].shape[3], scale=scale, causal=causal, window_tokens=window_tokens,
@@ -90,17 +88,24 @@ def plan(
     )  # fmt: skip
     shape = (packed.num_new_tokens, num_query_heads)
 
+    stored = kv_dtype or dtype
+
     def run(q: torch.Tensor, cache: Cache) -> Result:
         check_batch(batch)
-        if q.dtype != dtype or {part.dtype for part in cache} != {kv_dtype or dtype}:
+        k, v = cache
+        if not (q.is_cpu and k.is_cpu and v.is_cpu):
+            raise SpecError(f"got tensors on {q.device} and {k.device}; this kernel reads memory of the CPU")
+        if q.dtype != dtype or k.dtype != stored or v.dtype != stored:
             raise SpecError(
-                f"got queries of {q.dtype} and a cache of {cache[0].dtype} and {cache[1].dtype}; this plan was made "
-                f"for {dtype} and {kv_dtype or dtype}"
+                f"got queries of {q.dtype} and a cache of {k.dtype} and {v.dtype}; this plan was made for {dtype} and "
+                f"{stored}"
             )
         out = torch.empty(*shape, value_dim or head_dim, dtype=dtype)
         lse = torch.empty(shape, dtype=torch.float32) if return_lse else None
-        k, v = (as_bytes(plain(part)) for part in cache)
-        work.run(q.detach(), k, v, out, lse, threads or torch.get_num_threads())
+        address = 0 if lse is None else lse.data_ptr()
+        work.run(
+            _described(q), _described(k), _described(v), _described(out), address, threads or torch.get_num_threads()
+        )
         return out, lse
 
     return run
@@ -113,6 +118,11 @@ def _check_dtypes(queries: torch.dtype, stored: torch.dtype) -> None:
             f"{', '.join(map(_name, DTYPES[:3]))} and a cache of these or {', '.join(map(_name, DTYPES[3:]))}: use "
             "kvmem.kernels.reference.sdpa"
         )
+
+
+def _described(tensor: torch.Tensor) -> tuple[int, ...]:
+    tensor = plain(tensor)
+    return (tensor.data_ptr(), *tensor.shape, *tensor.stride())
 
 
 @cached

@@ -35,6 +35,10 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         self._window = group.window_tokens
         self._component = {name: group.component(name) for name in names}
         self._given = {name: group.component(name).dtype for name in names}  # the dtypes that attention passed in last
+        self._sizes = {name: (group.heads(name, layer), group.widths(name, layer)[0]) for name in names}
+        # The dtypes with which kernels.cpu reads the cache; None if it cannot.
+        readable = rows.alloc.device.type == "cpu" and set(self._given.values()) <= set(cpu.DTYPES[:3])
+        self._kernel_dtypes = dict(self._given) if readable else None
         self._memory: dict[str, torch.Tensor] = {}
         self._blocks: tuple[torch.Tensor, torch.Tensor] | None = None  # as `_memory`, but blocks on both backends
         self._begins = 0  # the first token that the queries of the last update see
@@ -137,18 +141,15 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _reads_in_place(self) -> bool:
         """Return whether attention reads the cache itself (``transformers.attention``)."""
-        config, dtypes = self._rows.config, {self._component[name].dtype for name in self._names}
         return (
-            getattr(config, "_attn_implementation", None) == NAME
-            and self._rows.alloc.device.type == "cpu"
-            and set(self._given.values()) == dtypes
-            and dtypes <= set(cpu.DTYPES)
+            self._kernel_dtypes is not None
+            and self._given == self._kernel_dtypes
+            and getattr(self._rows.config, "_attn_implementation", None) == NAME
         )
 
     def _stored(self, name: str, tokens: int) -> StoredTokens:
-        group = self._rows.alloc.spec.groups[self._group]
-        shape = self._rows.num_rows, group.heads(name, self._layer), tokens, group.widths(name, self._layer)[0]
-        return StoredTokens.of(self, shape, self._component[name].dtype)
+        heads, width = self._sizes[name]
+        return StoredTokens.of(self, (self._rows.num_rows, heads, tokens, width), self._given[name])
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of the tokens that the queries of the last ``update`` see, ``[B, heads, tokens, width]``."""
@@ -169,9 +170,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         return place.step.attention(query, self._blocks, mask, self._begins, options)
 
     def _check(self, name: str, states: torch.Tensor) -> None:
-        alloc = self._rows.alloc
-        group = alloc.spec.groups[self._group]
-        heads, width = group.heads(name, self._layer), group.widths(name, self._layer)[0]
+        alloc, (heads, width) = self._rows.alloc, self._sizes[name]
         dtype = self._component[name].dtype
         if states.ndim != 4:
             raise SpecError(

@@ -149,7 +149,9 @@ class ThreadIO(PageIO):
             move.end(None)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        # Without waiting: no call is under way, and the collector may run this while its thread holds a lock that a
+        # thread which ends takes.
+        self._pool.shutdown(wait=False)
 
 
 class UringIO(PageIO):
