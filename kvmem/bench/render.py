@@ -289,6 +289,42 @@ _SPECS = {
         blocks, device + host={device_blocks:,} + {host_blocks:,}; prompt blocks found={hits:,};
         ... in host memory={host_hits:,}; one cache finds={one_cache_hits:,}; share={share:share}; goal={goal:share}""",
     ),
+    "attend": (
+        "Decode attention on the CPU, one layer, heads of 128; one thread: CPU time, more: wall time", 3,
+        """kernel={kernel}; dtype={dtype}; threads={threads}; KV heads={heads}; query heads={query_heads};
+        tokens={tokens:,}; us={us:spread}; bytes/s={bytes_per_second:bytes}; of the sum's speed={of_sum:ratio};
+        goal={goal:g}; error={error:.1e}""",
+    ),
+    "decode": (
+        "A decode step of a whole model, one thread, CPU time", 2,
+        """model={model}; cache={cache}; context={context:,}; us={us:spread}; times as fast as DynamicCache={speed:ratio}""",
+    ),
+    "near_tiers": (
+        "Attention where the bytes are beside a copy to the device and attention there", 1,
+        """place={place}; context={context:,}; us in place={us:spread}; us copied={copy_us:spread};
+        times as fast={speedup:ratio}; over the link={link_bytes:bytes}; read from the medium={media_read_bytes:bytes};
+        delivered={delivered_bytes:bytes}; copied otherwise={copied_bytes:bytes}""",
+    ),
+    "crossover": (
+        "From which context on attention in place is faster (empty: not in those measured)", 1,
+        "place={place}; context={context:,}",
+    ),
+    "selectors": (
+        "Blocks chosen by a selector beside the blocks with most attention mass", 1,
+        """selector={selector}; for each KV head={per_head}; budget, tokens={budget_tokens:,}; recall={recall:share};
+        mass={mass:share}; error={error:.3f}; bytes read, of all={read_share:share}""",
+    ),
+    "modules": (
+        "Decode steps in module batches, device and host on one thread: the plan beside the step", 2,
+        """case={case}; backend={backend}; context={context:,}; sequences={B}; micro-batch={ba}; expert batch={be};
+        share of the CPU={omega:share}; us planned={predicted_us:us}; us={us:spread}; planned / measured={ratio:ratio}""",
+    ),
+    "prefetch": (
+        "Reads behind the all-reduces of two ranks beside reads after them", 1,
+        """from={medium}; windows={windows}; bytes of each={window_bytes:bytes}; us, all-reduces={collective_us:spread};
+        ... reads after={after_us:spread}; ... reads behind={behind_us:spread}; behind / after={share:ratio};
+        us by the virtual clock={predicted_us:us}; its error={error:share}""",
+    ),
     **dict.fromkeys(  # the second is the name that `sdpa` had
         ("sdpa", "rectangle"), ("One SDPA call for a batch, one layer's decode step, one thread, CPU time", 2, _SDPA)
     ),

@@ -1,1 +1,1 @@
-"""What `python -m kvmem.bench near` measures: attention where the bytes are, reading less, and planners."""
+"""What ``python -m kvmem.bench near`` measures: attention where the bytes are, reading less, and planners."""

@@ -81,7 +81,8 @@ class _Data:
 
     def expected(self) -> torch.Tensor:
         q, k, v = (t.double().transpose(0, 1) for t in (self.grouped[0].transpose(0, 1), self.k, self.v))
-        return ((q @ k.transpose(1, 2) * WIDTH**-0.5).softmax(-1) @ v).reshape(self.q.shape)
+        out: torch.Tensor = ((q @ k.transpose(1, 2) * WIDTH**-0.5).softmax(-1) @ v).reshape(self.q.shape)
+        return out
 
 
 def attention(
@@ -186,7 +187,7 @@ def _vllm(library: Path, case: _Case, data: _Data) -> Step:
     """vLLM's paged kernel for CPUs over blocks in its own order, which its own writer fills."""
     if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         except OSError as error:
             raise BenchError(f"--vllm-library {library}: {error}") from error
     ops: Any = torch.ops._C

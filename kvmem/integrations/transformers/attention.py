@@ -46,7 +46,7 @@ class StoredTokens(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "size", "dim", "stride", "__repr__"):
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise SpecError(
             f"{name}: got K or V that lie in a KVMemCache and are read there; this attention is not "
             f'attn_implementation="{NAME}": set that, or another one before the step'

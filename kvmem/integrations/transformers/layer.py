@@ -127,6 +127,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
                 self._write(self._names[0], key_states)
                 self._write(self._names[1], value_states)
             first = self._first_token()
+            found: tuple[torch.Tensor, torch.Tensor]
             if self._reads_in_place():
                 found = self._stored(self._names[0], end - first), self._stored(self._names[1], end - first)
             else:
@@ -167,7 +168,8 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._blocks is None or self._blocks[0].shape[0] < place.step.num_blocks:
             k, v = (plain(self._rows.alloc.tensor(self._layer, name)) for name in self._names)
             self._blocks = k, v
-        return place.step.attention(query, self._blocks, mask, self._begins, options)
+        step: DecodeStep = place.step
+        return step.attention(query, self._blocks, mask, self._begins, options)
 
     def _check(self, name: str, states: torch.Tensor) -> None:
         alloc, (heads, width) = self._rows.alloc, self._sizes[name]
