@@ -297,7 +297,8 @@ _SPECS = {
     ),
     "decode": (
         "A decode step of a whole model, one thread, CPU time", 2,
-        """model={model}; cache={cache}; context={context:,}; us={us:spread}; times as fast as DynamicCache={speed:ratio}""",
+        """model={model}; cache={cache}; context={context:,}; us={us:spread};
+        times as fast as DynamicCache={speed:ratio}""",
     ),
     "near_tiers": (
         "Attention where the bytes are beside a copy to the device and attention there", 1,
@@ -317,7 +318,8 @@ _SPECS = {
     "modules": (
         "Decode steps in module batches, device and host on one thread: the plan beside the step", 2,
         """case={case}; backend={backend}; context={context:,}; sequences={B}; micro-batch={ba}; expert batch={be};
-        share of the CPU={omega:share}; us planned={predicted_us:us}; us={us:spread}; planned / measured={ratio:ratio}""",
+        share of the CPU={omega:share}; us planned={predicted_us:us}; us={us:spread};
+        planned / measured={ratio:ratio}""",
     ),
     "prefetch": (
         "Reads behind the all-reduces of two ranks beside reads after them", 1,

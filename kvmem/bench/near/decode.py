@@ -11,7 +11,7 @@ import torch
 
 from kvmem.bench.language_models import load_language_model
 from kvmem.bench.model import BACKENDS
-from kvmem.bench.text import BenchError, Progress
+from kvmem.bench.text import BenchError
 from kvmem.bench.timing import WARM_UP, Ratio, Spread, one_thread
 
 DYNAMIC = "DynamicCache, sdpa"
@@ -31,18 +31,15 @@ class DecodeRow:
     speed: Ratio
 
 
-def decode(
-    which: str, contexts: list[int], repetitions: int, progress: Progress = lambda done: None
-) -> list[DecodeRow]:
-    """A row for each context and cache; ``which``: of ``load_language_model``. ``BenchError`` where a package is missing,
-    or where the caches do not lead to the same tokens.
+def decode(which: str, contexts: list[int], repetitions: int) -> list[DecodeRow]:
+    """A row for each context and cache. which: of ``load_language_model``. ``BenchError`` where a package is missing, or
+    where the caches do not lead to the same tokens.
     """
     loaded = load_language_model(which)
     rows: list[DecodeRow] = []
     with one_thread(), torch.no_grad():
-        for number, context in enumerate(contexts):
+        for context in contexts:
             rows += _measure(loaded.name, loaded.model, context, repetitions)
-            progress(number + 1)
     return rows
 
 
@@ -54,7 +51,7 @@ def _measure(name: str, model: Any, context: int, repetitions: int) -> list[Deco
     before = model.config._attn_implementation
     draw = torch.Generator().manual_seed(_SEED)
     prompt = torch.randint(5, model.config.vocab_size, (1, context), generator=draw)
-    sizes = {"memory": "1GiB", "max_batch": 1, "max_tokens": context + repetitions + WARM_UP + 1}
+    sizes: dict[str, Any] = {"memory": "1GiB", "max_batch": 1, "max_tokens": context + repetitions + WARM_UP + 1}
     ways: dict[str, tuple[Any, str]] = {DYNAMIC: (DynamicCache(config=model.config), "sdpa")}
     for backend in BACKENDS:
         for attention in ("sdpa", "kvmem"):

@@ -18,8 +18,8 @@ Rows = Sequence[Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says. threads, tokens: of ``attend``. model: of ``decode`` and ``selectors``. folder: on the
-    disk to measure. vllm_library: see ``attention``.
+    """What the command line says. threads, tokens: of ``attend``. model: of ``decode`` and ``selectors``. folder: on
+    the disk to measure. vllm_library: see ``attention``.
     """
 
     threads: tuple[int, ...]
