@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 import kvmem
-from kvmem.kernels import reference, write
+from kvmem.kernels import cpu, write
 
 SPEC = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32)
 SLOTS, STEPS, WARM_UP = 4, 60, 20
@@ -31,7 +31,7 @@ def step(alloc, batch, requests):
         parts = [qkv(requests[row], position, layer) for row, position in zip(rows, positions, strict=True)]
         q, k, v = (torch.stack(part) for part in zip(*parts, strict=True))
         write.write_kv(alloc.kv(layer), batch, k, v)
-        results.append(reference.sdpa(q, alloc.kv(layer), batch)[batch.cu_seqlens_q[1:].long() - 1])
+        results.append(cpu.attention(q, alloc.kv(layer), batch)[0][batch.cu_seqlens_q[1:].long() - 1])
     return torch.stack(results, 1)
 
 

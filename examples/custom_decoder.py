@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import kvmem
-from kvmem.kernels import reference, write
+from kvmem.kernels import cpu, write
 
 LAYERS, HEADS, KV_HEADS, WIDTH, VOCAB, HIDDEN = 3, 4, 2, 16, 97, 64  # HIDDEN is HEADS * WIDTH
 torch.set_num_threads(1)  # the tensors are tiny
@@ -63,7 +63,7 @@ def with_cache(model, tokens, steps, backend):
 
             def attend(layer, q, k, v, batch=batch):
                 write.write_kv(alloc.kv(layer), batch, k, v)
-                return reference.sdpa(q, alloc.kv(layer), batch)
+                return cpu.attention(q, alloc.kv(layer), batch)[0]
 
             logits = model.logits(torch.tensor(new), batch.positions, attend)
             seq.commit(new)  # their K and V are valid now

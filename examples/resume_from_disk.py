@@ -15,7 +15,7 @@ import torch
 
 import kvmem
 from kvmem.chunks import Session, load, save
-from kvmem.kernels.reference import sdpa
+from kvmem.kernels.cpu import attention
 from kvmem.kernels.write import write_kv
 from kvmem.tiers import Identity
 
@@ -42,7 +42,7 @@ def generate(alloc: kvmem.Allocator, seq: kvmem.Sequence, tokens: list[int], cou
         batch = alloc.batch([seq])
         q, k, v = embedding[new].unbind(1)
         write_kv(alloc.kv(0), batch, k, v)
-        out = sdpa(q, alloc.kv(0), batch)[-1]
+        out = attention(q, alloc.kv(0), batch)[0][-1]
         seq.commit(new)
         tokens = [*tokens, int((out.flatten() @ head).argmax())]
     return tokens

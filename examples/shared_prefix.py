@@ -10,7 +10,7 @@ import sys
 import torch
 
 import kvmem
-from kvmem.kernels.reference import sdpa
+from kvmem.kernels.cpu import attention
 from kvmem.kernels.write import write_kv
 
 HEADS, WIDTH, SYSTEM_TOKENS = 4, 64, 1024
@@ -23,7 +23,7 @@ def answer(alloc: kvmem.Allocator, seq: kvmem.Sequence, prompt: list[int], embed
     batch = alloc.batch([seq])
     q, k, v = embedding[new].unbind(1)
     write_kv(alloc.kv(0), batch, k, v)
-    out = sdpa(q, alloc.kv(0), batch)
+    out, _ = attention(q, alloc.kv(0), batch)
     seq.commit(new)
     return out[-1]
 
