@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # says how far above their targets they are.
 NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near"]  # parts of kvmem and of its tests that count apart
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 21_000),
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 21_150),
     ("bindings", ["csrc/bindings"], [], 2_400),
     (
         "kvmem without the next parts",

@@ -145,10 +145,12 @@ class Tiering:
             if self.events is not None and facts is not None:
                 self.events.kept(block.group, block.digest, facts)
 
-    def take(self, group: int, digest: bytes) -> Name:
-        """Return a slot for a block, held; slot -1 if all are held."""
+    def take(self, group: int, prompt: Prompt, block: int) -> Name:
+        """Return a slot for a block of a prompt, held; slot -1 if all are held."""
+        follows = block > 0 and self.kinds[group] == "full"
+        keys = prompt.digests[block], prompt.digests[block - 1] if follows else b""
         with self._lock:
-            name = self.core.take_slot(group, int.from_bytes(digest[:8], "little"))
+            name = self.core.take_slot(group, *(int.from_bytes(key[:8], "little") for key in keys))
             self._displace(name)
         return name
 

@@ -219,7 +219,7 @@ class Transfers:
     def _arrive(self, load: Arrivals, place: Place, buffer: Bytes, facts: Facts | None) -> bool:
         """Put a block into a slot, which the load holds then. Return False if the load is cancelled."""
         tiering, (k, g) = self.tiering, place
-        block = Block(g, load.prompt.digests[k], self._take_slot(load, g, load.prompt.digests[k]))
+        block = Block(g, load.prompt.digests[k], self._take_slot(load, *place))
         if block.name[0] < 0:
             return False
         try:
@@ -236,12 +236,12 @@ class Transfers:
             self.release_left()
         return not load.over
 
-    def _take_slot(self, load: Arrivals, group: int, digest: bytes) -> tuple[int, int]:
+    def _take_slot(self, load: Arrivals, block: int, group: int) -> tuple[int, int]:
         """Return a slot, held. Waits for load.advance() while all are held; slot -1 if the load is cancelled, or if
         nobody calls it.
         """
         end = time.monotonic() + _STARVED_SECONDS
-        while (name := self.tiering.take(group, digest))[0] < 0 and not load.over:
+        while (name := self.tiering.take(group, load.prompt, block))[0] < 0 and not load.over:
             if time.monotonic() > end:
                 load.cancelled.set()
             if load.to_device and not load.over:
