@@ -254,6 +254,8 @@ class Transfers:
 
     def release_left(self) -> None:
         """Release the slots of loads that nobody asked for any more."""
+        if not self.left:
+            return
         with suppress(IndexError):  # another thread was faster
             while self.left:
                 self.tiering.core.release_slots([self.left.popleft()])
