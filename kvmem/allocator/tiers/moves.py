@@ -48,15 +48,12 @@ class Moves:
         events: TierEvents | None,
     ) -> Batch:
         """Return what a batch of ``core.drain_moves()`` says. Changes nothing: ``learn()`` does."""
-        # The moves of a call are read after its copies, when nothing is in the processor's caches: so few steps of
-        # Python as can be, and none of numpy's more costly ones.
-        columns = (records.kinds, records.nodes, records.parents, records.roots, records.groups, records.ordinals)
-        kinds, *rest = (column.tolist() for column in columns)
-        batch = Batch(number, {}, deque(), _CLEARED in kinds)
-        tags, row = records.tags, 0
+        # A call's moves are read behind its copies, when little is in the processor's caches: each step counts.
+        rows, tags, row = records.rows(), records.tags, 0
+        batch = Batch(number, {}, deque(), any(kind == _CLEARED for kind, *_ in rows))
         tokens = np.ascontiguousarray(records.tokens, "<i4").data.cast("B") if tags else memoryview(b"")
         size = len(tokens) // max(1, len(tags))
-        for kind, node, parent, root, group, ordinal in zip(kinds, *rest, strict=True):
+        for kind, node, parent, root, group, ordinal in rows:
             if kind == _STORED:
                 before = None if parent < 0 else batch.nodes.get(parent) or self._known[parent]
                 names = _names(roots[root]) if before is None or events is not None else (None, None)
