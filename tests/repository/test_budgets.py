@@ -24,7 +24,7 @@ PARTS = [
         "kvmem without the next parts",
         ["kvmem"],
         [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch"],
-        10_800,
+        10_900,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 290),

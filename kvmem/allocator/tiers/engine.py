@@ -270,7 +270,7 @@ class Tiering:
 
     def _needed(self, blocks: int, groups: Iterable[int]) -> Iterable[tuple[int, int]]:
         for g in groups:
-            first = {"full": 0, "state": blocks - 1}.get(self.kinds[g])
+            first = {"full": 0, "state": max(0, blocks - 1)}.get(self.kinds[g])
             if first is None:
                 first = self.core.first_needed(g, blocks * self.block_size) // self.block_size
             for k in range(blocks - 1, first - 1, -1):  # what is missing is mostly the last
