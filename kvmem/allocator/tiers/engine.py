@@ -326,7 +326,8 @@ class Tiering:
         wanted = [not here and located.on_device(*divmod(at, groups)) for at, here in enumerate(has)]
         if any(wanted):
             self.core.store(prompt.ids, *prompt.keys, wanted)
-            self.settle()
+            if self.tiers:  # without, the next call reads what moved
+                self.settle()
         return sum(wanted)
 
     def load(self, prompt: Prompt, *, to_device: bool) -> Load:
