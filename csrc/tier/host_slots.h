@@ -90,8 +90,10 @@ class HostSlots {
   // Keeps the slot from being given away until release(); calls nest. Returns false, and does nothing, unless has().
   bool hold(const SlotName& name);
   void release(const SlotName& name);  // REQUIRES: hold() was true
-  // The slot's content was found and is used again; what the policy learns from.
-  void hit(i64 slot) { order_of(slot).policy.hit(slots_[slot].id); }  // REQUIRES: the slot is taken
+  // The slot's content, if it has any, was found and is used again; what the policy learns from.
+  void hit(i64 slot) {
+    if (slots_[slot].taken) order_of(slot).policy.hit(slots_[slot].id);
+  }
   // How long the slot's content is retained; nothing is if it has none.
   Priority priority(i64 slot) const {
     const bool any = slot >= 0 && slot < first_.back() && slots_[slot].taken;
