@@ -69,8 +69,8 @@ void Tiers::store(const i32* tokens, i64 n, const PrefixKey& key, const std::vec
   });
 }
 
-void Tiers::promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots,
-                    Transaction& tx) {
+std::vector<i32> Tiers::promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots,
+                                Transaction& tx) {
   const i64 size = matcher_.block_tokens(), blocks = n / size;
   if (static_cast<i64>(slots.size()) != blocks * groups_.count()) {
     throw SpecError("promote: a slot, or -1, is needed for each block and group");
@@ -97,6 +97,7 @@ void Tiers::promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, co
   check_promote(chain, slots);
   matcher_.for_windows(chain, n / size * size, [&](i32 node, i32 window) { used.acquire(node, window); });
   table_.promote(chain, {slots.data(), groups_.count()}, tx);
+  return chain;
 }
 
 void Tiers::check_promote(const std::vector<i32>& chain, const std::vector<i64>& slots) const {
@@ -116,7 +117,15 @@ void Tiers::check_promote(const std::vector<i32>& chain, const std::vector<i64>&
 }
 
 // The last block is left first, so that a prefix outlives its extensions.
-void Tiers::finish_promote() {
+void Tiers::finish_promote(const std::vector<i32>& chain, const std::vector<i64>& slots) {
+  for (std::size_t at = 0; at < slots.size(); ++at) {
+    if (slots[at] < 0) continue;
+    const i64 g = static_cast<i64>(at) % groups_.count();
+    const i32 node = chain[at / static_cast<std::size_t>(groups_.count())];
+    this->slots().hit(slots[at]);
+    const Priority priority = this->slots().priority(slots[at]);
+    if (priority.is_set() && table_.has(node, g)) index_.retain({node, index_.window_of(g)}, priority);
+  }
   UsedNodes& used = contents_.used;
   for (std::size_t i = used.size(); i-- > 0;) {
     const Item x = used[i];
@@ -133,13 +142,15 @@ void LockedTiers::promote(Allocator& a, const i32* tokens, i64 n, const PrefixKe
     RootUse root(a.index_, key, true);
     a.contents_.used.clear();
     a.pool_->settle();
+    a.tiers_.expect_priorities(slots);
+    std::vector<i32> chain;
     {
       Transaction tx(*a.pool_, a);
-      a.tiers_.promote(tokens, n, key, root.node(), slots, tx);
+      chain = a.tiers_.promote(tokens, n, key, root.node(), slots, tx);
       tx.commit();
     }
     root.commit(1);
-    a.tiers_.finish_promote();
+    a.tiers_.finish_promote(chain, slots);
     a.index_.drop(root.node());
   });
 }

@@ -43,9 +43,17 @@ class Tiers {
   void store(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted, Transaction& tx);
   // Makes cached content on the device of the whole blocks of `tokens`: `slots` names a held slot for what the device
   // does not have, [block][group], and -1 elsewhere. Throws SpecError, before it changes anything, if a block would
-  // lack the bytes of a full-attention group.
-  void promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots,
-               Transaction& tx);
+  // lack the bytes of a full-attention group. Returns the blocks' nodes.
+  std::vector<i32> promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots,
+                           Transaction& tx);
+  // Before the transaction: makes room for the priorities that the slots' content has.
+  void expect_priorities(const std::vector<i64>& held) {
+    for (i64 slot : held) {
+      if (slots().priority(slot).is_set()) return index_.expect_retention();
+    }
+  }
+  // After the transaction: the content is unreferenced, and has the priorities that it had in the slots.
+  void finish_promote(const std::vector<i32>& chain, const std::vector<i64>& slots);
   // Marks an empty sequence as pending: only LockedTiers::admit() can use it. Throws if it is not live.
   void set_pending(i64 handle) {
     sequences_.index(handle);
@@ -66,8 +74,6 @@ class Tiers {
       if (sequences_.is_live(handle)) sequences_.set_pending(handle, true);
     }
   }
-  // After the transaction: the content is unreferenced.
-  void finish_promote();
 
  private:
   // Calls f(block, node) for each whole block of the tokens that the index has.

@@ -26,6 +26,16 @@ nb::ndarray<nb::numpy, const T, nb::ndim<1>> column(nb::handle_t<EventRecords> s
   return {values.data(), {values.size()}, self};
 }
 
+// Returns kind, node, parent, root, group and ordinal of each record. For few records that is several times faster than
+// the columns, each of which is an object of numpy.
+nb::list rows(const EventRecords& r) {
+  nb::list found;
+  for (size_t i = 0; i < r.kinds.size(); ++i) {
+    found.append(nb::make_tuple(r.kinds[i], r.nodes[i], r.parents[i], r.roots[i], r.groups[i], r.ordinals[i]));
+  }
+  return found;
+}
+
 nb::ndarray<nb::numpy, const i32, nb::ndim<2>> token_rows(nb::handle_t<EventRecords> self) {
   const auto& records = nb::cast<const EventRecords&>(self);
   const size_t width = static_cast<size_t>(records.block_tokens);
@@ -51,6 +61,7 @@ void bind_events(nb::module_& m) {
       .def_prop_ro("groups", column<i32, &EventRecords::groups>)
       .def_prop_ro("ordinals", column<i32, &EventRecords::ordinals>)
       .def_prop_ro("tiers", column<i32, &EventRecords::tiers>)
+      .def("rows", &rows, nb::sig("def rows(self) -> list[tuple[int, int, int, int, int, int]]"))
       .def_prop_ro("tokens", token_rows)
       .def_prop_ro(
           "tags",

@@ -79,15 +79,15 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
       .def("lost_slots", [](Allocator& a) { return LockedTiers(a)->slots().lost(); })
       .def(
           "take_slot",  // held
-          [](Allocator& a, i64 group, std::uint64_t key) {
+          [](Allocator& a, i64 group, std::uint64_t key, std::uint64_t parent) {
             a.groups().check(group);
             const LockedTiers tiers(a);
-            const SlotName name = tiers->slots().take(group, key);
+            const SlotName name = tiers->slots().take(group, {key, parent, {}});
             tiers->slots().confirm_takes();
             if (name.slot >= 0) tiers->slots().hold(name);
             return Name{name.slot, name.generation};
           },
-          "group"_a, "key"_a)
+          "group"_a, "key"_a, "parent"_a)
       .def(
           "hold_slots",
           [](Allocator& a, const std::vector<Name>& names) {

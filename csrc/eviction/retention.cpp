@@ -35,6 +35,14 @@ void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
   update_holds(id);
 }
 
+Priority RetentionPolicy::priority(i32 id) const {
+  const Block& block = blocks_[static_cast<std::size_t>(id)];
+  if (!block.cached) return {};
+  if (block.deadline == 0 || !block.released) return {block.priority, block.ttl};
+  const double left = block.deadline - clock_();
+  return left > 0 ? Priority{block.priority, left} : Priority{};
+}
+
 void RetentionPolicy::follow(i32 id, bool released) {
   KVMEM_ASSERT(!at(id).cached, "a block is adopted once");
   Block& block = at(id);

@@ -19,6 +19,14 @@
 
 namespace kvmem {
 
+// A priority, and for how many seconds from the next release on: 0 without end.
+struct Priority {
+  static constexpr int kBaseDecides = 50;
+  int level = kBaseDecides;
+  double seconds = 0;
+  bool is_set() const { return level != kBaseDecides; }
+};
+
 class RetentionPolicy final : public EvictionPolicy {
  public:
   using Clock = std::function<double()>;  // monotonic seconds
@@ -33,6 +41,9 @@ class RetentionPolicy final : public EvictionPolicy {
   // cached and for a priority outside 0 to 100. Cost: O(1), or O(log n) with a time to live; the first call for a block
   // in the middle of a chain also walks to the start of the chain.
   void retain(i32 id, int priority, double ttl_seconds);
+
+  // Returns what retain() has set of a cached block unless it has expired; of a released block the seconds that remain.
+  Priority priority(i32 id) const;
 
   // Adopt the state of a base policy that is in use already. REQUIRES: no other call but reserve() came before.
   // follow(): the base has this block, in use or released. lead(): a followed block, and its parent, which need not be
@@ -58,7 +69,7 @@ class RetentionPolicy final : public EvictionPolicy {
   void digest(Hasher& hash) const override;
 
  private:
-  static constexpr int kPriorities = 101, kBaseDecides = 50;
+  static constexpr int kPriorities = 101, kBaseDecides = Priority::kBaseDecides;
   static constexpr i32 kNowhere = -1, kBase = -2;  // in place of a list: in use, or in the base policy
   static_assert(kPriorities <= 128 && kBaseDecides < kPriorities, "Block::priority has 8 bits");
 

@@ -200,6 +200,9 @@ class PrefixIndex {
   }
   // Sets a retention priority for each item of the node that has memory.
   void retain(i32 node, int priority, double seconds);
+  // The same for one item that has memory; and what retain() has set of it.
+  void retain(Item x, const Priority& priority) { retention_->retain(id_of(x), priority.level, priority.seconds); }
+  Priority priority(Item x) const { return retention_ ? retention_->priority(id_of(x)) : Priority{}; }
 
   // Returns the item to evict next, with node kNoNode if there is none.
   Item victim() { return item_of(policy_->victim()); }

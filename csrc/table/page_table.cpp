@@ -28,13 +28,20 @@ i64 PageTable::slot_bytes(i64 group) const {
   return bytes;
 }
 
+// A window's part and a snapshot can be used without those of the blocks before.
+SlotContent PageTable::content_of(i32 node, i64 group) const {
+  const i32 window = index_.window_of(group), parent = index_.parent(node);
+  const bool follows = window < 0 && !has_state(group) && !index_.is_root(parent);
+  return {index_.key(node), follows ? index_.key(parent) : 0, index_.priority({node, window})};
+}
+
 void PageTable::keep(i32 node, i64 group, Transaction& tx) {
   if (keeps_in_ != pool_.transactions) slots_->confirm_takes();
   keeps_in_ = pool_.transactions;
   for (i64 g = 0; g < groups_; ++g) {
     if ((group >= 0 && g != group) || slots_->count(g) == 0 || !has(node, g)) continue;
     index_.expect_change();
-    const SlotName name = slots_->take(g, index_.key(node));
+    const SlotName name = slots_->take(g, content_of(node, g));
     if (name.slot < 0) continue;  // all slots are in use by transfers
     try {
       tx.push({OpKind::keep, number, node, g, name.slot, name.generation});

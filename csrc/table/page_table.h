@@ -259,6 +259,8 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   GrowthMarks marks_;
 
  private:
+  SlotContent content_of(i32 node, i64 group) const;
+
   std::shared_ptr<HostSlots> slots_;
   i64 keeps_in_ = -1;  // the latest transaction that called keep()
 };

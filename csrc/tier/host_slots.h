@@ -16,7 +16,8 @@
 
 #include "base/digest.h"
 #include "base/types.h"
-#include "eviction/policy.h"
+#include "eviction/retention.h"
+#include "tier/content_ids.h"
 
 namespace kvmem {
 
@@ -34,6 +35,13 @@ class HostMemory {
  private:
   i64 bytes_;
   char* data_;
+};
+
+// What the order of eviction needs to know of a content.
+struct SlotContent {
+  std::uint64_t key = 0;     // identifies it; equal when the content comes again
+  std::uint64_t parent = 0;  // the key of the content that it follows; 0 if it follows none
+  Priority priority;
 };
 
 // A slot, and which content it is about.
@@ -60,10 +68,10 @@ class HostSlots {
   }
   i64 group_of(i64 slot) const;
 
-  // Gives a slot to new content: a free one, else the policy's victim, whose content is lost. `key` identifies the
-  // content to the policy. Returns a name with slot -1 if all are held. May throw std::bad_alloc, and has changed
+  // Gives a slot to new content: the one that has this content already, else a free one, else the policy's victim,
+  // whose content is lost. Returns a name with slot -1 if all are held. May throw std::bad_alloc, and has changed
   // nothing then.
-  SlotName take(i64 group, std::uint64_t key);
+  SlotName take(i64 group, const SlotContent& content);
   // Undoes the latest take() that is neither undone nor confirmed: the slot has what it had before, under the old name,
   // since nothing writes to it before the transaction is executed. Only its place in the order of eviction is new,
   // because policies cannot undo the eviction of an id that is in use again. REQUIRES: `name` is of that call.
@@ -82,6 +90,15 @@ class HostSlots {
   // Keeps the slot from being given away until release(); calls nest. Returns false, and does nothing, unless has().
   bool hold(const SlotName& name);
   void release(const SlotName& name);  // REQUIRES: hold() was true
+  // The slot's content, if it has any, was found and is used again; what the policy learns from.
+  void hit(i64 slot) {
+    if (slots_[slot].taken) order_of(slot).policy.hit(slots_[slot].id);
+  }
+  // How long the slot's content is retained; nothing is if it has none.
+  Priority priority(i64 slot) const {
+    const bool any = slot >= 0 && slot < first_.back() && slots_[slot].taken;
+    return any ? orders_[group_of(slot)]->policy.priority(slots_[slot].id) : Priority{};
+  }
   // Frees the slot. Does nothing unless has(); a held slot becomes free with its last release().
   void drop(const SlotName& name);
   void digest(Hasher& hash) const;  // without the order of eviction
@@ -90,23 +107,33 @@ class HostSlots {
  private:
   struct Slot {
     i64 generation = 0;
-    std::uint64_t key = 0;
+    SlotContent content;
+    i32 id = -1, parent_id = -1;  // of the content and of what it follows, among those of its group
     i32 holds = 0;
     bool taken = false, dropped = false;
   };
   struct Take {
     i64 slot;
-    std::uint64_t key;  // of what the slot had before
+    SlotContent before;
     bool taken;
   };
+  // The order of eviction of one group's slots.
+  struct Order {
+    Order(i64 count, const std::string& name);
+    ContentIds ids;
+    std::vector<i64> slots;  // by id; -1 for a content that is not there, only others that follow it
+    RetentionPolicy policy;
+  };
+  Order& order_of(i64 slot) { return *orders_[group_of(slot)]; }
+  void enter(i64 slot, const SlotContent& content);
+  void leave(i64 slot);
   void free(i64 slot);
-  i32 item(i64 slot) const { return static_cast<i32>(slot - first_[group_of(slot)]); }
 
   std::vector<i64> slot_bytes_, first_{0}, start_{0};  // by group, and one past the last
   std::vector<Slot> slots_;
-  std::vector<std::vector<i64>> free_;                     // by group; room for all of its slots
-  std::vector<std::unique_ptr<EvictionPolicy>> policies_;  // by group
-  std::vector<Take> takes_;                                // those that may be undone, the latest last
+  std::vector<std::vector<i64>> free_;          // by group; room for all of its slots
+  std::vector<std::unique_ptr<Order>> orders_;  // by group
+  std::vector<Take> takes_;                     // those that may be undone, the latest last
   i64 lost_ = 0;
   std::shared_ptr<HostMemory> memory_;
 };

@@ -12,7 +12,8 @@ import torch
 
 from kvmem import _core
 from kvmem.allocator.opening import OpenedCore
-from kvmem.arguments import check_count, check_size, has_bool
+from kvmem.allocator.tiers.search import count_below
+from kvmem.arguments import check_choice, check_count, check_size, has_bool
 from kvmem.errors import KVMemError, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.events.digests import ExtraKey, encode_key, key_marks
@@ -55,8 +56,9 @@ class PrefixMatch:
     num_tokens: how many tokens ``Allocator.sequence()`` would find cached now; at least one is always left to compute.
     reason: why it is not more.
     by_tier: with ``tiers=``, how many of them are found on the device and in host memory, ``{"device": n, "host": m}``;
-        ``sequence(load="all")`` may find more in lower tiers. With sliding windows the sequence may find a part of one
-        more block.
+        with ``match(load="all")`` also by the name of each lower tier. A block counts for the farthest place of its
+        groups. With sliding windows the sequence may find a part of one more block.
+    missing: with ``match(load="all")``, what no tier has, in words; ``""`` if nothing is missing.
 
     =======================  ========================================================================================
     "complete"               no more tokens could be found
@@ -74,6 +76,7 @@ class PrefixMatch:
     num_tokens: int
     reason: Reason
     by_tier: Mapping[str, int] = field(default_factory=dict)
+    missing: str = ""
 
 
 def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
@@ -183,9 +186,20 @@ class ContentCalls(OpenedCore):
     """The calls of an allocator about cached blocks."""
 
     def match(
-        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
+        self,
+        tokens: Tokens,
+        *,
+        salt: Salt = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+        load: Literal["host", "all"] = "host",
     ) -> PrefixMatch:
-        """Return how much of ``tokens`` is cached, and why not more. Changes nothing, not even what is evicted next."""
+        """Return how much of ``tokens`` is cached, and why not more. Changes nothing, not even what is evicted next.
+
+        load: ``"all"`` also asks lower tiers, and waits for their answers as long as each tier's own limits allow; a
+            tier that gives none has nothing. No other call that decides waits for a tier, nor does ``"host"``.
+        """
+        check_choice("load", load, ("host", "all"))
         salted, keyed = encode_keys(salt, extra_key, adapter)
         found, reason = self.core.match(tokens, salted, keyed)
         if self._tiering is None:
@@ -196,7 +210,15 @@ class ContentCalls(OpenedCore):
         total = max(found, both)
         if total > found and prompt.num_blocks * self._tiering.block_size == total:
             reason = "complete" if total == len(ids) - 1 else "shorter than a block"
-        return PrefixMatch(total, cast(Reason, reason), {"device": found, "host": total - found})
+        near = PrefixMatch(total, cast(Reason, reason), {"device": found, "host": total - found})
+        if load == "host":
+            return near
+        more, missing = count_below(self._tiering, prompt, total)
+        total += sum(more.values())
+        by_tier = {place: count + near.by_tier.get(place, 0) for place, count in more.items()}
+        if missing == "":
+            reason = "complete" if total == len(ids) - 1 else "shorter than a block"
+        return PrefixMatch(total, cast(Reason, reason), by_tier, missing)
 
     def pin(self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None) -> Pin:
         """Return a pin of the whole blocks of ``tokens`` (a system prompt): they stay cached until ``unpin()``, and a

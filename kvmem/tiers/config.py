@@ -33,7 +33,7 @@ class Tiers:
     identity: Identity | None = None
     write: Literal["through", "back"] = "through"
     admit: Literal["always", "second_use"] = "always"
-    policy: str = "lru"
+    policy: str = "density"
 
     def __post_init__(self) -> None:
         check_choice("write", self.write, ("through", "back"))

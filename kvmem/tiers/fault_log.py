@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import ClassVar
 
-__all__ = ["FaultLog"]
+__all__ = ["FaultLog", "logger"]
+
+logger = logging.getLogger("kvmem")
 
 SECONDS = 60.0
 
 
 class FaultLog:
-    """Warns through the logger ``"kvmem"``. Two threads at once may write two lines."""
-
-    _next: ClassVar[dict[tuple[str, str], float]] = {}  # when the next line of a tier and kind may be written
+    """Warns through ``logger``. Two threads at once may write two lines."""
 
     def __init__(self, tier: str) -> None:
         self._tier = tier
+        self._next: dict[str, float] = {}  # when the next line of a kind may be written
 
     def warn(self, kind: str, message: str) -> None:
         """Write the message, unless one of this kind was written within the last minute."""
         now = time.monotonic()
-        if now >= self._next.get((self._tier, kind), 0.0):
-            self._next[self._tier, kind] = now + SECONDS
-            logging.getLogger("kvmem").warning("%s: %s (further ones are not logged for a minute)", self._tier, message)
+        if now >= self._next.get(kind, 0.0):
+            self._next[kind] = now + SECONDS
+            logger.warning("%s: %s (further ones are not logged for a minute)", self._tier, message)

@@ -94,10 +94,9 @@ class BlockKeys:
         if marks is None:
             marks = placed(key_marks(extra_key), ids)
         size, before, data = self.block_size, self.root(salt, adapter), ids.data.cast("B")
-        found = []
-        for end in range(size, len(ids) + 1, size):
-            tag = tag_of_block(marks, end - size, size) if marks else b""
-            before = self.block(before, data[4 * (end - size) : 4 * end], tag)
+        found, block = [], self.block
+        for at in range(0, len(ids) // size * size, size):
+            before = block(before, data[4 * at : 4 * (at + size)], tag_of_block(marks, at, size) if marks else b"")
             found.append(before)
         return found
 

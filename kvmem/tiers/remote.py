@@ -4,7 +4,6 @@ one log line for each kind of trouble. A store implements the calls on records, 
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -19,18 +18,16 @@ from typing import Any, ClassVar, Final, TypeAlias
 from kvmem.arguments import check_size
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.base import Buffer, Capacity, Result, Status, Tier, check_batch
+from kvmem.tiers.fault_log import FaultLog, logger
 from kvmem.tiers.record import HEADER_BYTES, VERSION, header_of, payload_bytes, verify
 
 __all__ = ["ABSENT", "Call", "Limits", "Record", "RemoteTier", "failed"]
-
-logger = logging.getLogger("kvmem.tiers")
 
 Record: TypeAlias = "bytes | Buffer | Result | None"
 """What a store answers for one key: the bytes of the record, None if it has none, or a Result that says what failed."""
 Work: TypeAlias = "Callable[[Call], Sequence[Any] | Result]"
 
 ABSENT: Final = Result(Status.MISS, 0, "the store has no such block")
-_QUIET_SECONDS: Final = 60.0  # a kind of trouble that comes and goes is logged no oftener
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class RemoteTier(Tier):
         self._breaker = Breaker(limits.faults, limits.pause_seconds)
         self._slots = threading.BoundedSemaphore(limits.calls)
         self._lock = threading.Lock()
-        self._logged: dict[Status, float] = {}
+        self._log = FaultLog(where)
         self._closed, self._pid = False, os.getpid()
         self._capacity = Capacity(None, 0, 0)
 
@@ -313,7 +310,7 @@ class RemoteTier(Tier):
         problem = answer if isinstance(answer, Result) else _unanswered(answer)
         before = self._breaker.note(problem is None)
         if problem is not None and before == 0:
-            self._log(problem._replace(reason=f"{problem.reason}; its blocks are misses until it answers"))
+            self._warn(problem, "; its blocks are misses until it answers")
         elif problem is None and before >= self._limits.faults:
             logger.info("%s: answers again", self._where)
         return answer
@@ -333,16 +330,10 @@ class RemoteTier(Tier):
     def _log_first(self, status: Status, results: Sequence[Result]) -> None:
         for result in results:
             if result.status is status:
-                return self._log(result)
+                return self._warn(result)
 
-    def _log(self, result: Result) -> None:
-        now = time.monotonic()
-        with self._lock:
-            quiet = now < self._logged.get(result.status, -math.inf) + _QUIET_SECONDS
-            if not quiet:
-                self._logged[result.status] = now
-        if not quiet:
-            logger.warning("%s: %s: %s", self._where, result.status.value, result.reason)
+    def _warn(self, result: Result, so: str = "") -> None:
+        self._log.warn(result.status.value, f"{result.status.value}: {result.reason}{so}")
 
 
 def _unanswered(answers: Sequence[Any]) -> Result | None:

@@ -16,6 +16,7 @@ from kvmem.bench.__main__ import main
 from kvmem.bench.reuse import Belady, ReuseRow, Workload, default_policy, parse_capacities, replay, replay_tiers
 from kvmem.bench.text import BenchError
 from kvmem.bench.traces import EXCERPT, load_trace
+from kvmem.tiers import Tiers
 
 DENSITY = _core.eviction_policy_names()[0]
 FULL = "mooncake_conversation.jsonl"
@@ -133,20 +134,23 @@ def test_the_new_policy_on_the_full_trace(full):
 
 
 def test_a_device_with_host_memory_finds_what_one_cache_finds(excerpt):
-    for row in replay_tiers(excerpt, 1000, 9000):
-        if (row.device_policy, row.host_policy) == ("lru", "lru"):
-            assert row.share >= 0.97
+    rows = {(row.backend, row.device_policy, row.host_policy): row for row in replay_tiers(excerpt, 400, 1600)}
+    for backend in ("virtual", "paged"):
+        assert rows[backend, "lru", "lru"].share >= 0.97
+        default = rows[backend, default_policy(), Tiers(host=1).policy]
+        assert default.share >= 0.85 and default.hits > 1.3 * rows[backend, default_policy(), "lru"].hits
 
 
 @needs_traces
 def test_a_device_with_host_memory_on_the_full_trace(full):
-    """With LRU in both; and by default at least as much as a cache with LRU, whose rate is known."""
+    """With LRU in both, whose rate in one cache is known, and by default."""
     rows = replay_tiers(full, 1000, 9000)
     for row in rows:
         if (row.device_policy, row.host_policy) == ("lru", "lru"):
             assert row.share >= 0.97 and round(100 * row.one_cache_hits / row.blocks, 2) == 21.16
-        if (row.device_policy, row.host_policy) == (default_policy(), "lru"):
-            assert row.hits >= 0.97 * 0.2116 * row.blocks
+    # Hash keys are seeded, so that hits vary by a hundredth between runs: both backends together.
+    default = [row for row in rows if (row.device_policy, row.host_policy) == (default_policy(), Tiers(host=1).policy)]
+    assert sum(row.hits for row in default) >= 0.97 * sum(row.one_cache_hits for row in default)
 
 
 def test_the_command(capsys, tmp_path):

@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # says how far above their targets they are.
 NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near"]  # parts of kvmem and of its tests that count apart
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 21_000),
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 21_150),
     ("bindings", ["csrc/bindings"], [], 2_400),
     (
         "kvmem without the next parts",
         ["kvmem"],
         [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch"],
-        10_800,
+        10_900,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 290),

@@ -36,7 +36,7 @@ SIGNATURES = {
     "Allocator.can_fit": "self, n",
     "Allocator.close": "self",
     "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=, adapter=",
-    "Allocator.match": "self, tokens, *, salt=, extra_key=, adapter=",
+    "Allocator.match": "self, tokens, *, salt=, extra_key=, adapter=, load=",
     "Allocator.pin": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.pins": "self",
     "Allocator.clear_cache": "self",

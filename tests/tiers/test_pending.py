@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
 import torch
-from tier_world import DictTier, World, make
+from tier_world import SPECS, DictTier, World, make, prompts
 
 import kvmem
 from kvmem import NotReady, SchedulerCache, SpecError, StaleHandle
@@ -153,3 +155,81 @@ def test_without_tiers_these_calls_are_refused(backend: str) -> None:
         with pytest.raises(SpecError, match=r"no tiers: make it with tiers=Tiers\(host=\.\.\.\)"):
             call()
     assert alloc.sequence([1, 2, 3], load="all").num_cached_tokens == 0 and alloc.ready() == []
+
+
+def test_match_asks_lower_tiers_when_it_is_told_to(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    """And tells what no tier has, also of a tier that raises."""
+    assert alloc.match(TEXT).by_tier == {"device": 0, "host": 0}
+    found = alloc.match(TEXT, load="all")
+    assert (found.num_tokens, found.by_tier) == (WHOLE, {"device": 0, "host": 0, "dict": WHOLE})
+    assert (found.reason, found.missing) == ("shorter than a block", "")
+    tier.go_on.set()
+    World(alloc).run(TEXT[:20])  # the device has four blocks, and what follows is below
+    found = alloc.match(TEXT, load="all")
+    assert found.num_tokens == WHOLE and sum(found.by_tier.values()) == WHOLE and found.by_tier["device"] >= 16
+    more = alloc.match([*TEXT[:WHOLE], *range(10)], load="all")
+    assert (more.num_tokens, more.missing) == (WHOLE, "no tier has block 12")
+    assert alloc.match(TEXT, salt="a", load="all").num_tokens == 0
+    tier.contains = lambda keys: 1 // 0  # type: ignore[assignment]
+    assert alloc.match([1, 2, 3, 4, 5], load="all").missing == "ZeroDivisionError: integer division or modulo by zero"
+    with pytest.raises(SpecError, match="load: got 'device'"):
+        alloc.match(TEXT, load="device")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_match_says_what_a_load_then_finds(name: str, backend: str, rng: random.Random) -> None:
+    tier = DictTier()
+    with make(name, backend, host_blocks=6, lower=[tier]) as alloc:
+        world, texts = World(alloc), prompts(rng, 12)
+        for step in range(40):
+            text = rng.choice(texts)
+            assert alloc.flush(60)
+            found = alloc.match(text, load="all")
+            assert sum(found.by_tier.values()) == found.num_tokens
+            # Host memory may be too small for a load, and a partial block may match behind what it brings.
+            assert world.run(text, load="all") < found.num_tokens + alloc.tiering.block_size, step
+            if rng.random() < 0.3:
+                for key in rng.sample(sorted(tier.data), len(tier.data) // 4):
+                    del tier.data[key]
+
+
+def test_one_write_at_a_time_while_a_load_is_under_way(backend: str) -> None:
+    class Counting(SlowTier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writing = self.most = 0
+            self.write_on = threading.Event()
+            self.write_on.set()
+
+        def put(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
+            with self._lock:
+                self.writing += 1
+                self.most = max(self.most, self.writing)
+            assert self.write_on.wait(60)
+            results = super().put(keys, buffers)
+            with self._lock:
+                self.writing -= 1
+            return results
+
+    tier = Counting()
+    with make("full", backend, host_blocks=90, lower=[tier]) as alloc:
+        world = World(alloc)
+        world.run(TEXT)
+        alloc.store(TEXT)
+        assert alloc.flush(60)
+        alloc.clear_cache()
+        tier.go_on.clear()
+        tier.write_on.clear()
+        load = alloc.prefetch(TEXT, to="host")
+        while not alloc.tiering.transfers._turns._loads:
+            time.sleep(0.001)
+        tier.most = 0
+        for first in range(100, 400, 100):
+            world.run([first + i for i in range(20)], load="device")
+            alloc.store([first + i for i in range(20)])
+        assert not alloc.flush(0.2)
+        assert tier.most == 1
+        tier.write_on.set()
+        assert alloc.flush(60) and tier.most == 1  # one after the other, and the load is still under way
+        tier.go_on.set()
+        assert load.wait(60)

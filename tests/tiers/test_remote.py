@@ -143,8 +143,8 @@ def test_the_breaker() -> None:
 
 
 def test_one_line_as_long_as_it_is_gone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("kvmem.tiers.remote._QUIET_SECONDS", 0.0)
-    caplog.set_level(logging.INFO, "kvmem.tiers")
+    monkeypatch.setattr("kvmem.tiers.fault_log.SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "kvmem")
     with HeldTier(faults=2, pause_seconds=0.01) as tier:
         tier.answers = OSError("gone")
         for _ in range(5):
@@ -154,6 +154,6 @@ def test_one_line_as_long_as_it_is_gone(monkeypatch: pytest.MonkeyPatch, caplog:
         while not put(tier, {key_of(0): b"x"})[0].ok:
             time.sleep(0.01)
     assert [r.getMessage() for r in caplog.records] == [
-        "held: failed: OSError: gone; its blocks are misses until it answers",
+        "held: failed: OSError: gone; its blocks are misses until it answers (further ones are not logged for a minute)",
         "held: answers again",
     ]

@@ -142,7 +142,7 @@ def test_who_stops_is_a_bounded_wait_and_one_line(
             assert isinstance(result, Result) and result.status is Status.FAILED and "no answer within" in result.reason
             assert time.monotonic() - began < SECONDS + MARGIN
         assert put(tier, {key_of(0): b"y"})[0].status is Status.FAILED and tier.contains([key_of(0)]) == 0
-        assert [r.levelno for r in caplog.records if r.name == "kvmem.tiers"] == [logging.WARNING]
+        assert [r.levelno for r in caplog.records if r.name == "kvmem"] == [logging.WARNING]
     finally:
         stopped.thaw()
     hurry(tier, PATIENT)

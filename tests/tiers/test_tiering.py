@@ -6,8 +6,9 @@ import random
 
 import pytest
 from support import LONG, Steps
-from tier_world import SPECS, DictTier, Prompts, Ranks, World, make, prompts
+from tier_world import PAGE, SPECS, DictTier, Prompts, Ranks, World, make, prompts
 
+import kvmem
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
 
 STEPS = 2_000 if LONG else 120
@@ -95,3 +96,45 @@ def test_events_tell_what_host_memory_has(backend: str, seed: int) -> None:
         if isinstance(event, BlockRemoved):
             here[event.medium] -= {(event.group, name) for name in event.block_hashes}
     assert not here["CPU"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["full", "window", "state"])
+def test_more_moves_than_the_queue_holds(name: str, backend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lost its name is a miss, its slots serve other blocks, and what has a name is right."""
+    monkeypatch.setattr("kvmem.allocator.opening.MOVE_TOKENS", 1)  # the least: room for 4,096 moves
+    rng, tier = random.Random(seed), DictTier()
+    with make(name, backend, host_blocks=12, lower=[tier]) as alloc:
+        world, texts = World(alloc), Prompts(rng, 14)
+        for first in (1000, 100_000):
+            for start in range(first, first + 8000, 40):
+                world.run(list(range(start, start + 40)), load="device")  # which does not read the queue
+                alloc.core.clear_cache()
+            alloc.tiering.settle()
+            assert alloc.tiering._batch is not None and alloc.tiering._batch.lossy
+            loop, before = Steps(60), alloc.tiering.counters["host"]
+            while loop.next(alloc.tiering.counters["host"] > before + 5):
+                world.run(texts.next(), load=rng.choice(["host", "all"]))
+                assert alloc.check() == []
+        assert all(alloc.tiering.host_blocks()) and alloc.flush(60)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("first", "second"), [("virtual", "paged"), ("paged", "paged"), ("virtual", "virtual")])
+def test_two_allocators_of_one_pool_have_tiers_each(first: str, second: str, seed: int) -> None:
+    """One's growth evicts what the other caches, whose blocks go to its own host slots."""
+    rng, tiers = random.Random(seed), [DictTier(), DictTier()]
+    pool = kvmem.PagePool(memory=30 * PAGE, page_bytes=PAGE, device="cpu")
+    worlds = [
+        World(make("full", backend, host_blocks=20, lower=[tier], model=backend, pool=pool))
+        for backend, tier in zip((first, second), tiers, strict=True)
+    ]
+    texts, loop = Prompts(rng, 8), Steps(STEPS)
+    while loop.next(all(w.alloc.tiering.counters["host"] > 5 for w in worlds)):
+        world = rng.choice(worlds)
+        for _ in range(rng.randrange(1, 6)):
+            world.run(texts.next(), load=rng.choice(["host", "all"]), salt=str(worlds.index(world)))
+        for each in worlds:
+            assert each.alloc.check() == []
+    for world in worlds:
+        world.alloc.close()

@@ -71,7 +71,7 @@ def check_nothing_is_held(alloc: kvmem.Allocator) -> None:
     assert alloc.flush(60)
     engine.transfers.close()
     alloc.clear_cache()
-    taken = [[engine.core.take_slot(g, 0) for _ in range(count)] for g, count in enumerate(engine.counts)]
+    taken = [[engine.core.take_slot(g, 0, 0) for _ in range(count)] for g, count in enumerate(engine.counts)]
     assert all(name[0] >= 0 for names in taken for name in names), taken
     for names in taken:
         engine.core.drop_slots(names)

@@ -96,9 +96,13 @@ def make(
         "max_tokens": 96,
         "debug": True,
     }
+    if "pool" in options:  # which has the memory
+        del sizes["memory"], sizes["page_bytes"]
     tiers = {k: options.pop(k) for k in ("write", "admit", "policy") if k in options}
     model = options.pop("model", "toy")
-    probe = kvmem.Allocator(spec, backend=backend, **{**sizes, **options, "debug": False, "driver": None})
+    probe = kvmem.Allocator(
+        spec, backend=backend, **{**sizes, **options, "debug": False} | ({} if "pool" in options else {"driver": None})
+    )
     block = sum(
         probe.core.slot_bytes(g) * (0.25 if spec.groups[g].growth == "fixed" else 1) for g in range(len(spec.groups))
     )

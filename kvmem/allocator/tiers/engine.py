@@ -124,7 +124,8 @@ class Tiering:
         while batch.kept:
             block, facts = batch.kept[0]
             self.note(block, facts)
-            self._count(block)
+            if self._admit == "second_use":
+                self._count(block)
             if through and self._is_admitted(block):
                 onward.append(block)
             batch.kept.popleft()
@@ -145,10 +146,12 @@ class Tiering:
             if self.events is not None and facts is not None:
                 self.events.kept(block.group, block.digest, facts)
 
-    def take(self, group: int, digest: bytes) -> Name:
-        """Return a slot for a block, held; slot -1 if all are held."""
+    def take(self, group: int, prompt: Prompt, block: int) -> Name:
+        """Return a slot for a block of a prompt, held; slot -1 if all are held."""
+        follows = block > 0 and self.kinds[group] == "full"
+        keys = prompt.digests[block], prompt.digests[block - 1] if follows else b""
         with self._lock:
-            name = self.core.take_slot(group, int.from_bytes(digest[:8], "little"))
+            name = self.core.take_slot(group, *(int.from_bytes(key[:8], "little") for key in keys))
             self._displace(name)
         return name
 
@@ -182,11 +185,10 @@ class Tiering:
                     self._forget(g, digest)
 
     def _count(self, block: Block) -> None:
-        if self._admit == "second_use":
-            key = (block.group, block.digest)
-            self._seen[key] = self._seen.pop(key, 0) + 1
-            if len(self._seen) > 4 * sum(self.counts) + 1024:
-                del self._seen[next(iter(self._seen))]
+        key = (block.group, block.digest)
+        self._seen[key] = self._seen.pop(key, 0) + 1
+        if len(self._seen) > 4 * sum(self.counts) + 1024:
+            del self._seen[next(iter(self._seen))]
 
     def _is_admitted(self, block: Block) -> bool:
         return self._admit == "always" or self._seen[block.group, block.digest] > 1
@@ -257,9 +259,7 @@ class Tiering:
         """Return the largest number of blocks, at most ``blocks``, behind which a sequence can begin: ``has(block,
         group)`` is true wherever it needs the group's bytes.
         """
-        whole = 0
-        while whole < blocks and all(has(whole, g) for g in self.full_groups):
-            whole += 1
+        whole = next((k for k in range(blocks) for g in self.full_groups if not has(k, g)), blocks)
         while whole > 0 and not all(has(k, g) for k, g in self._needed(whole, self.other_groups)):
             whole -= 1
         return whole
@@ -270,7 +270,7 @@ class Tiering:
 
     def _needed(self, blocks: int, groups: Iterable[int]) -> Iterable[tuple[int, int]]:
         for g in groups:
-            first = {"full": 0, "state": blocks - 1}.get(self.kinds[g])
+            first = {"full": 0, "state": max(0, blocks - 1)}.get(self.kinds[g])
             if first is None:
                 first = self.core.first_needed(g, blocks * self.block_size) // self.block_size
             for k in range(blocks - 1, first - 1, -1):  # what is missing is mostly the last
@@ -296,16 +296,17 @@ class Tiering:
         return blocks
 
     def _promote(self, prompt: Prompt, blocks: int, located: Located) -> None:
-        slots = np.full((blocks, len(self.kinds)), -1, np.int64)
+        groups = len(self.kinds)
+        slots = [-1] * (blocks * groups)
         wanted = [(place, located.names[place]) for place in self.needed(blocks) if place in located.names]
         held: list[bool] = []
         try:
             held[:] = self.core.hold_slots([name for _, name in wanted])
             used = list(compress(wanted, held))
             names = [name for _, name in used]
-            for place, name in used:
-                slots[place] = name[0]
-            self.core.promote(prompt.ids[: blocks * self.block_size], *prompt.keys, slots.ravel().tolist())
+            for (k, g), name in used:
+                slots[k * groups + g] = name[0]
+            self.core.promote(prompt.ids[: blocks * self.block_size], *prompt.keys, slots)
             self.core.drop_slots(names)  # the device has them: the slots serve others
             self.counters["host"] += len(names)
             with self._lock:
@@ -325,7 +326,8 @@ class Tiering:
         wanted = [not here and located.on_device(*divmod(at, groups)) for at, here in enumerate(has)]
         if any(wanted):
             self.core.store(prompt.ids, *prompt.keys, wanted)
-            self.settle()
+            if self.tiers:  # without, the next call reads what moved
+                self.settle()
         return sum(wanted)
 
     def load(self, prompt: Prompt, *, to_device: bool) -> Load:

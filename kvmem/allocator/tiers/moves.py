@@ -10,7 +10,7 @@ import numpy as np
 from kvmem import _core
 from kvmem.allocator.tiers.events import Facts, TierEvents
 from kvmem.allocator.tiers.loads import Block
-from kvmem.events.digests import decode_key
+from kvmem.events.digests import Key, decode_key
 from kvmem.tiers.keys import BlockKeys
 
 __all__ = ["Batch", "Moves", "Node"]
@@ -48,19 +48,20 @@ class Moves:
         events: TierEvents | None,
     ) -> Batch:
         """Return what a batch of ``core.drain_moves()`` says. Changes nothing: ``learn()`` does."""
-        batch = Batch(number, {}, deque(), _CLEARED in records.kinds)
-        tokens, tags, row = np.ascontiguousarray(records.tokens, "<i4"), records.tags, 0
-        keys = {number: (decode_key(salt), decode_key(adapter)) for number, (salt, adapter) in roots.items()}
-        starts = {number: self._keys.root(*names) for number, names in keys.items()}
-        columns = (records.kinds, records.nodes, records.parents, records.roots, records.groups, records.ordinals)
-        for kind, node, parent, root, group, ordinal in zip(*(c.tolist() for c in columns), strict=True):
+        # A call's moves are read behind its copies, when little is in the processor's caches: each step counts.
+        rows, tags, row = records.rows(), records.tags, 0
+        batch = Batch(number, {}, deque(), any(kind == _CLEARED for kind, *_ in rows))
+        tokens = np.ascontiguousarray(records.tokens, "<i4").data.cast("B") if tags else memoryview(b"")
+        size = len(tokens) // max(1, len(tags))
+        for kind, node, parent, root, group, ordinal in rows:
             if kind == _STORED:
                 before = None if parent < 0 else batch.nodes.get(parent) or self._known[parent]
-                digest, tag = starts[root] if before is None else before.digest, tags[row] or b""
-                facts = None
+                names = _names(roots[root]) if before is None or events is not None else (None, None)
+                digest, tag = self._keys.root(*names) if before is None else before.digest, tags[row] or b""
+                block, facts = tokens[row * size : (row + 1) * size], None
                 if events is not None:
-                    facts = events.facts(before and before.facts, keys[root], ordinal, tokens[row].tobytes(), tag)
-                batch.nodes[node] = Node(self._keys.block(digest, tokens[row].data, tag), facts)
+                    facts = events.facts(before and before.facts, names, ordinal, bytes(block), tag)
+                batch.nodes[node] = Node(self._keys.block(digest, block, tag), facts)
                 row += 1
             elif kind == _KEPT:
                 known = batch.nodes.get(node) or self._known[node]
@@ -70,3 +71,8 @@ class Moves:
     def learn(self, batch: Batch) -> None:
         """Nodes of later batches may follow those of this one."""
         self._known.update(batch.nodes)
+
+
+def _names(root: tuple[bytes, bytes]) -> tuple[Key, Key]:
+    """Salt and adapter."""
+    return decode_key(root[0]), decode_key(root[1])

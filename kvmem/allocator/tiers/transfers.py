@@ -20,9 +20,9 @@ from weakref import WeakSet
 import numpy as np
 
 from kvmem.allocator.tiers.loads import POLL_SECONDS, Arrivals, Block, Load, Place
+from kvmem.allocator.tiers.search import key_of, search
 from kvmem.tiers.base import Result, Status, Tier
 from kvmem.tiers.fault_log import FaultLog
-from kvmem.tiers.keys import slot_key
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,6 +42,39 @@ _FENCE_SECONDS = 30.0
 _STARVED_SECONDS = 30.0  # without a call of advance(): nobody asks for the load any more
 
 
+class Turns:
+    """Loads go first, because somebody waits for them: while one is under way, writes take turns, one at a time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._loads = self._writes = 0
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Within it, a load is under way."""
+        self._change(1, 0)
+        try:
+            yield
+        finally:
+            self._change(-1, 0)
+
+    @contextmanager
+    def write(self) -> Iterator[None]:
+        """Wait for the turn of a write, which ends with the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._loads == 0 or self._writes == 0)
+            self._writes += 1
+        try:
+            yield
+        finally:
+            self._change(0, -1)
+
+    def _change(self, loads: int, writes: int) -> None:
+        with self._changed:
+            self._loads, self._writes = self._loads + loads, self._writes + writes
+            self._changed.notify_all()
+
+
 class _Write:
     """Blocks on their way to a lower tier, whose slots are held."""
 
@@ -58,6 +91,7 @@ class Transfers:
         self._lock = threading.Lock()
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._writes: set[_Write] = set()  # under way
+        self._turns = Turns()
         self._bytes: Bytes | None = None
         self._spare: dict[int, list[Bytes]] = {}
         self._log = FaultLog("tiers")
@@ -105,7 +139,8 @@ class Transfers:
         stored = [False] * len(write.blocks)
         try:
             self._wait_for(fence)
-            stored = self._put_all(write.blocks)
+            with self._turns.write():
+                stored = self._put_all(write.blocks)
         except Exception as error:  # noqa: BLE001  # of somebody's tier, which must not raise
             self._log.warn("writing", f"writing failed with {type(error).__name__}: {error}")
         finally:
@@ -153,8 +188,13 @@ class Transfers:
         return load
 
     def _load(self, load: Arrivals, located: Located) -> None:
+        with self._turns.load():
+            self._read(load, located)
+
+    def _read(self, load: Arrivals, located: Located) -> None:
         try:
-            wanted = self._find(load, located)
+            found, blocks, load.reason = search(self.tiering, load.prompt, located)
+            wanted = [(place, found[place]) for place in sorted(self.tiering.needed(blocks)) if place in found]
             events = self.tiering.events
             facts = None if events is None else events.chain(load.prompt, self.tiering.block_size)
             for first in range(0, len(wanted), _AT_ONCE):
@@ -166,41 +206,10 @@ class Transfers:
             load.reason = f"{type(error).__name__}: {error}"
             self._log.warn("reading", f"reading failed with {load.reason}")
 
-    def _find(self, load: Arrivals, located: Located) -> list[tuple[Place, Tier]]:
-        """Return where each block lies that the load needs and that device and host do not have."""
-        tiering, prompt = self.tiering, load.prompt
-        found: dict[Place, Tier] = {}
-        whole = 0
-        while whole < prompt.num_blocks:
-            places = [(k, g) for k in range(whole, prompt.num_blocks) for g in tiering.full_groups]
-            rest = [place for place in places if not located.has(*place)]
-            before = whole
-            for tier in tiering.tiers:
-                found.update(dict.fromkeys(rest[: tier.contains([_key(prompt, p) for p in rest])], tier))
-                whole = next((k for k, g in places if (k, g) not in found and not located.has(k, g)), prompt.num_blocks)
-                if whole > before:
-                    break
-            else:
-                break
-        if whole < prompt.num_blocks:
-            load.reason = f"no tier has block {whole}"
-
-        def has(block: int, group: int) -> bool:
-            place = (block, group)
-            if located.has(block, group) or place in found:
-                return True
-            tier = next((t for t in tiering.tiers if t.contains([_key(prompt, place)]) == 1), None)
-            if tier is not None:
-                found[place] = tier
-            return tier is not None
-
-        blocks = tiering.reach(whole, has)
-        return [(place, found[place]) for place in sorted(tiering.needed(blocks)) if place in found]
-
     def _get(self, load: Arrivals, tier: Tier, places: list[Place], facts: list[Facts] | None) -> bool:
         """Fill slots with these blocks of a tier. Return whether to go on: no, once a full group's block is missing."""
         tiering = self.tiering
-        keys = [_key(load.prompt, place) for place in places]
+        keys = [key_of(load.prompt, place) for place in places]
         with self._staging([g for _, g in places]) as buffers:
             results = tier.get(keys, [b.data for b in buffers])
             self._count(tier, "read", results)
@@ -219,7 +228,7 @@ class Transfers:
     def _arrive(self, load: Arrivals, place: Place, buffer: Bytes, facts: Facts | None) -> bool:
         """Put a block into a slot, which the load holds then. Return False if the load is cancelled."""
         tiering, (k, g) = self.tiering, place
-        block = Block(g, load.prompt.digests[k], self._take_slot(load, g, load.prompt.digests[k]))
+        block = Block(g, load.prompt.digests[k], self._take_slot(load, *place))
         if block.name[0] < 0:
             return False
         try:
@@ -236,12 +245,12 @@ class Transfers:
             self.release_left()
         return not load.over
 
-    def _take_slot(self, load: Arrivals, group: int, digest: bytes) -> tuple[int, int]:
+    def _take_slot(self, load: Arrivals, block: int, group: int) -> tuple[int, int]:
         """Return a slot, held. Waits for load.advance() while all are held; slot -1 if the load is cancelled, or if
         nobody calls it.
         """
         end = time.monotonic() + _STARVED_SECONDS
-        while (name := self.tiering.take(group, digest))[0] < 0 and not load.over:
+        while (name := self.tiering.take(group, load.prompt, block))[0] < 0 and not load.over:
             if time.monotonic() > end:
                 load.cancelled.set()
             if load.to_device and not load.over:
@@ -254,6 +263,8 @@ class Transfers:
 
     def release_left(self) -> None:
         """Release the slots of loads that nobody asked for any more."""
+        if not self.left:
+            return
         with suppress(IndexError):  # another thread was faster
             while self.left:
                 self.tiering.core.release_slots([self.left.popleft()])
@@ -317,10 +328,6 @@ class Transfers:
             load.cancel()
         for some in threads.values():
             some.shutdown(wait=True, cancel_futures=False)
-
-
-def _key(prompt: Prompt, place: Place) -> bytes:
-    return slot_key(prompt.digests[place[0]], place[1])
 
 
 def _aligned(size: int) -> Bytes:
