@@ -18,7 +18,7 @@ import torch
 from kvmem.errors import SpecError
 from kvmem.geometry.group_layout import Slice
 
-__all__ = ["CacheTensor", "block_view", "plain", "row_view", "token_view"]
+__all__ = ["CacheTensor", "block_view", "plain", "row_view", "slot_view", "token_view"]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -266,6 +266,15 @@ def block_view(arena: torch.Tensor, where: Slice, token_bytes: int, block_size: 
 def row_view(arena: torch.Tensor, where: Slice, token_bytes: int, row_tokens: int, num_rows: int) -> torch.Tensor:
     """``[num_rows, row_tokens, heads, width]`` over an arena's bytes."""
     return _strided(arena, where, (num_rows, row_tokens), (row_tokens * token_bytes, token_bytes), 0)
+
+
+def slot_view(
+    memory: torch.Tensor, where: Slice, shape: tuple[int, int], strides: tuple[int, int], begin: int
+) -> torch.Tensor:
+    """``[slots, block_size, heads, width]`` over the bytes of host slots. shape: slots, block_size. strides: bytes of a
+    slot, and of a token. begin: where the bytes of the arena begin in the first slot.
+    """
+    return _strided(memory, where, shape, strides, begin)
 
 
 def token_view(tokens: torch.Tensor, where: Slice, token_bytes: int, num_tokens: int) -> torch.Tensor:

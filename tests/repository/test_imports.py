@@ -30,7 +30,7 @@ LEVELS: dict[str, int] = {
             "allocator",
             "kernels",
             "layouts",
-            "chunks selectors",
+            "chunks selectors near",
             "integrations plan",
             "cli bench",
         ]

@@ -31,6 +31,7 @@ SIGNATURES = {
     "Allocator.ready": "self, sequences=",
     "Allocator.store": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.flush": "self, timeout=",
+    "Allocator.hold": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.sequences": "self",
     "Allocator.free_tokens": "self",
     "Allocator.can_fit": "self, n",
@@ -142,7 +143,7 @@ def test_errors_are_what_python_calls_them() -> None:
 DOCUMENTED = [
     "kvmem", "kvmem.allocator", "kvmem.allocator.batch", "kvmem.allocator.cascade", "kvmem.allocator.ops", "kvmem.allocator.prefetch", "kvmem.memory",
     "kvmem.memory.pool", "kvmem.integrations.cuda_python", "kvmem.integrations.dense_batch",
-    "kvmem.integrations.transformers", "kvmem.plan", "kvmem.selectors",
+    "kvmem.integrations.transformers", "kvmem.near", "kvmem.plan", "kvmem.selectors",
 ]  # fmt: skip
 
 

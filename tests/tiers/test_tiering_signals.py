@@ -15,10 +15,10 @@ import pytest
 from tier_world import SPECS, DictTier, World, make, prompts
 
 import kvmem
-from kvmem.allocator.tiers import calls, engine, events, loads, moves, transfers
+from kvmem.allocator.tiers import calls, engine, events, held, loads, moves, transfers
 
 pytestmark = pytest.mark.core
-FILES = {module.__file__ for module in (calls, engine, events, loads, moves, transfers)}
+FILES = {module.__file__ for module in (calls, engine, events, held, loads, moves, transfers)}
 
 
 class Stop(BaseException):
@@ -88,13 +88,16 @@ def test_an_exception_at_any_line(name: str, write: str, backend: str, seed: int
     for _ in range(60):
         text, load = rng.choice(texts), rng.choice(["host", "all"])
         with stopped_at(rng.choice([rng.randrange(1, 60), rng.randrange(1, 2000)])):
-            what = rng.randrange(5)
+            what = rng.randrange(6)
             if what == 0:
                 world.alloc.store(text)
             elif what == 1:
                 world.alloc.prefetch(text, to=rng.choice(["device", "host"])).wait(60)
             elif what == 2:
                 world.alloc.events()
+            elif what == 3:
+                with world.alloc.hold(text):
+                    pass
             else:
                 world.run(text, load=load)
         world.alloc.free_batch([live.id for live in world.alloc.sequences()])

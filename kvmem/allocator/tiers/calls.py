@@ -11,6 +11,7 @@ from kvmem.allocator.opening import OpenedCore
 from kvmem.allocator.prefix import Salt, Tokens, encode_keys, token_ids
 from kvmem.allocator.sequence import Sequence
 from kvmem.allocator.tiers.engine import Tiering
+from kvmem.allocator.tiers.held import HeldBlocks
 from kvmem.allocator.tiers.loads import Load
 from kvmem.allocator.tiers.places import Prompt
 from kvmem.arguments import check_choice
@@ -69,6 +70,19 @@ class TierCalls(OpenedCore):
         when a request ends. Cost: the copies.
         """
         return self.tiering.store(self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0))
+
+    def hold(
+        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
+    ) -> HeldBlocks:
+        """Return the first run of whole blocks of ``tokens`` that host memory has and the device has not; it may be
+        empty. They stay where they are, to be read there (``kvmem.near``), until the result is released: use ``with``.
+
+        Blocks of full-attention groups only. ``TierError`` if the device does not finish filling them. No copy.
+        """
+        self.core.check_usable()
+        if self.device.type == "meta":
+            raise SpecError('hold: device "meta" has no bytes to read')
+        return HeldBlocks(self.tiering, self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until lower tiers have what is on its way to them, ``timeout`` seconds at most.

@@ -72,7 +72,7 @@ class Tiering:
         write: str,
         admit: str,
     ) -> None:
-        self.core, self.tiers, self.counts = core, tuple(tiers), list(counts)
+        self.core, self.tiers, self.counts, self.layouts = core, tuple(tiers), list(counts), tuple(layouts)
         self.block_keys = BlockKeys(fingerprint, block_size)
         self.block_size = block_size
         self.kinds = ["state" if g.growth == "fixed" else "window" if g.window_tokens else "full" for g in spec.groups]

@@ -138,7 +138,7 @@ class Transfers:
             return
         stored = [False] * len(write.blocks)
         try:
-            self._wait_for(fence)
+            self.wait_for(fence)
             with self._turns.write():
                 stored = self._put_all(write.blocks)
         except Exception as error:  # noqa: BLE001  # of somebody's tier, which must not raise
@@ -232,7 +232,7 @@ class Transfers:
         if block.name[0] < 0:
             return False
         try:
-            self._wait_for(tiering.core.latest_fence())  # the device may still read or fill the slot for what it had
+            self.wait_for(tiering.core.latest_fence())  # the device may still read or fill the slot for what it had
             tiering.forms[g].from_canonical(buffer, self._slot(g, block.name[0]))
             tiering.note(block, facts)
         except BaseException:
@@ -283,7 +283,7 @@ class Transfers:
                 return self._threads[kind].submit(call, *args)
             return None
 
-    def _wait_for(self, fence: int) -> None:
+    def wait_for(self, fence: int) -> None:
         end = time.monotonic() + _FENCE_SECONDS
         while not self.tiering.core.has_passed(fence):
             if time.monotonic() > end:
