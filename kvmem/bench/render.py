@@ -300,13 +300,13 @@ _SPECS = {
         """model={model}; cache={cache}; context={context:,}; us={us:spread};
         times as fast as DynamicCache={speed:ratio}""",
     ),
-    "near_tiers": (
+    "near": (
         "Attention where the bytes are beside a copy to the device and attention there", 1,
         """place={place}; context={context:,}; us in place={us:spread}; us copied={copy_us:spread};
         times as fast={speedup:ratio}; over the link={link_bytes:bytes}; read from the medium={media_read_bytes:bytes};
         delivered={delivered_bytes:bytes}; copied otherwise={copied_bytes:bytes}""",
     ),
-    "crossover": (
+    "near_crossover": (
         "From which context on attention in place is faster (empty: not in those measured)", 1,
         "place={place}; context={context:,}",
     ),

@@ -23,6 +23,7 @@ __all__ = ["EVERY", "BlockPlace", "DenseBatch", "RowPlace", "memory_of"]
 
 #: In place of a group's index: all groups that grow with the tokens, as in the core.
 EVERY = -1
+_NOTHING: Any = None
 
 #: A layer's number, and the first component that it writes there.
 LayerKey = tuple[int, str]
@@ -37,15 +38,14 @@ class RowPlace:
     """Where one group's tokens lie on the virtual backend. ``memory`` is ``Allocator.rows()``.
 
     slots: int64 [B, n], the flat slots of the n tokens of each row that are not committed.
-    num_blocks: the least number of blocks that ``memory`` must have; 0, as rows have a fixed size.
-    batch: the metadata. step: what an integration keeps as long as the place is valid.
+    num_blocks: the least number of blocks that ``memory`` must have; 0, as rows have a fixed size. batch: the metadata.
+    step: what an integration keeps as long as the place is valid.
     """
 
     num_blocks = 0
-    step: Any
 
     def __init__(self, batch: GroupBatch, rows: list[int]) -> None:
-        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, len(rows)), batch, None
+        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, len(rows)), batch, _NOTHING
         self._rows = rows
         step = rows[1] - rows[0] if len(rows) > 1 else 1
         even = step > 0 and all(b - a == step for a, b in pairwise(rows))
@@ -65,10 +65,8 @@ class RowPlace:
 class BlockPlace:
     """Where they lie on the paged backend, as ``RowPlace``. ``memory`` is ``Allocator.tensor()``."""
 
-    step: Any
-
     def __init__(self, batch: GroupBatch, num_rows: int) -> None:
-        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, num_rows), batch, None
+        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, num_rows), batch, _NOTHING
         self._blocks = batch.block_table.long()
         self._block_size = batch.block_size
         self.num_blocks = int(batch.kv_indices_cpu.max()) + 1 if batch.num_indices else 0
@@ -98,14 +96,14 @@ class DenseBatch:
 
     def __init__(self, alloc: Allocator, max_rows: int | None = None) -> None:
         self.alloc = alloc
-        #: Of the model, if its attention may be asked what it reads (``integrations.transformers``).
-        self.config: Any = None
         self.max_rows = alloc.max_sequences if max_rows is None else max_rows
         #: While True, tokens of sliding windows are committed only by ``commit()``, so ``truncate`` can remove them.
         self.recording = False
         self._has_windows = any(g.window_tokens is not None for g in alloc.spec.groups)
         #: True if tensors that are read must be contiguous, for a model that calls ``view`` on them.
         self.dense = False
+        #: The model's, which names its attention; None if that is not known.
+        self.config: Any = None
         #: Ids that stand for images, audio or video, by their name in the config.
         self.placeholders: dict[str, int] = {}
         #: True if the KV of every token depends on inputs without ids.

@@ -6,6 +6,7 @@ decoding, where memory bandwidth is the limit; a long prompt is as right, and sl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache as cached
 
 import torch
@@ -16,7 +17,7 @@ from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run
 from kvmem.kernels.checks import check_all_blocks, check_batch, check_queries, plain, window_left
 
-__all__ = ["DTYPES", "attention", "plan"]
+__all__ = ["DTYPES", "attention", "described", "plan"]
 
 #: Of K and V. Queries are float32, bfloat16 or float16, whatever K and V are.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -86,29 +87,37 @@ def plan(
         scale=(head_dim**-0.5 if scale is None else scale) * k_scale, value_scale=v_scale, soft_cap=soft_cap or 0.0,
         window=left + 1, causal=causal, sinks=sinks,
     )  # fmt: skip
-    shape = (packed.num_new_tokens, num_query_heads)
+    sizes = packed.num_new_tokens, num_query_heads, value_dim or head_dim
+    return _Planned(work, batch, sizes, dtype, kv_dtype or dtype, threads, return_lse)
 
-    stored = kv_dtype or dtype
 
-    def run(q: torch.Tensor, cache: Cache) -> Result:
-        check_batch(batch)
+@dataclass(frozen=True)
+class _Planned:
+    """What ``plan`` returns. sizes: tokens, query heads, width of V."""
+
+    work: _core.Attention
+    batch: GroupBatch
+    sizes: tuple[int, int, int]
+    dtype: torch.dtype
+    stored: torch.dtype
+    threads: int | None
+    return_lse: bool
+
+    def __call__(self, q: torch.Tensor, cache: Cache) -> Result:
+        check_batch(self.batch)
         k, v = cache
         if not (q.is_cpu and k.is_cpu and v.is_cpu):
             raise SpecError(f"got tensors on {q.device} and {k.device}; this kernel reads memory of the CPU")
-        if q.dtype != dtype or k.dtype != stored or v.dtype != stored:
+        if q.dtype != self.dtype or k.dtype != self.stored or v.dtype != self.stored:
             raise SpecError(
-                f"got queries of {q.dtype} and a cache of {k.dtype} and {v.dtype}; this plan was made for {dtype} and "
-                f"{stored}"
+                f"got queries of {q.dtype} and a cache of {k.dtype} and {v.dtype}; this plan was made for {self.dtype} "
+                f"and {self.stored}"
             )
-        out = torch.empty(*shape, value_dim or head_dim, dtype=dtype)
-        lse = torch.empty(shape, dtype=torch.float32) if return_lse else None
-        address = 0 if lse is None else lse.data_ptr()
-        work.run(
-            _described(q), _described(k), _described(v), _described(out), address, threads or torch.get_num_threads()
-        )
+        out = torch.empty(self.sizes, dtype=self.dtype)
+        lse = torch.empty(self.sizes[:2], dtype=torch.float32) if self.return_lse else None
+        tensors = described(q), described(k), described(v), described(out)
+        self.work.run(*tensors, 0 if lse is None else lse.data_ptr(), self.threads or torch.get_num_threads())
         return out, lse
-
-    return run
 
 
 def _check_dtypes(queries: torch.dtype, stored: torch.dtype) -> None:
@@ -120,7 +129,8 @@ def _check_dtypes(queries: torch.dtype, stored: torch.dtype) -> None:
         )
 
 
-def _described(tensor: torch.Tensor) -> tuple[int, ...]:
+def described(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Address, shape and strides, as ``_core.Attention.run`` takes a tensor. REQUIRES: it is on the CPU."""
     tensor = plain(tensor)
     return (tensor.data_ptr(), *tensor.shape, *tensor.stride())
 

@@ -37,8 +37,8 @@ def attend_blocks(
             scale=k.shape[3] ** -0.5, causal=causal,
         )  # fmt: skip
         dense = q if q.stride(2) == 1 else q.contiguous()
-        described = ((t.data_ptr(), *t.shape, *t.stride()) for t in (dense, k, v, out))
-        work.run(*described, lse.data_ptr(), torch.get_num_threads())
+        q_at, k_at, v_at, out_at = map(cpu.described, (dense, k, v, out))
+        work.run(q_at, k_at, v_at, out_at, lse.data_ptr(), torch.get_num_threads())
         return out, lse
     begin = 0
     for blocks, length, count in zip(table, lengths, counts, strict=True):

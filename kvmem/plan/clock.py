@@ -32,6 +32,7 @@ class Work(NamedTuple):
 
     @property
     def seconds(self) -> Fraction:
+        """From the start to the end."""
         return self.end - self.start
 
 

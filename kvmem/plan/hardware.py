@@ -24,6 +24,7 @@ class ModelShape:
     """A decoder whose layers are attention, a router and ``num_experts`` gated MLPs, of which each token takes
     ``experts_per_token`` (Mixtral); a dense model has one.
 
+    num_layers, num_query_heads, num_kv_heads, head_dim, vocab: as configs have them.
     hidden: width of the residual stream. expert_hidden: width inside an expert. dtype: of weights and activations.
     tied: the output matrix is the embedding. Norms and biases, which are some thousandths, are not counted.
     """
@@ -84,8 +85,9 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class MatmulRate:
-    """What the device reaches when ``rows`` tokens are multiplied with a weight matrix of ``dtype`` ("float32"): a
-    multiplication and an addition are two operations. Few rows are bound by reading the weights, many by computing.
+    """What the device reaches when ``rows`` tokens are multiplied with a weight matrix of ``dtype`` ("float32"):
+    flops_per_second, a multiplication and an addition as two operations. Few rows are bound by reading the weights,
+    many by computing.
     """
 
     dtype: str
@@ -105,6 +107,7 @@ LINKS = ("to_device", "to_host", "device_memory", "device_attention", "cpu_atten
 class HardwareProfile:
     """The rates of one device, its host and the links between them. Each rate is a finite number above 0.
 
+    name: of the machine.
     device_bytes, host_bytes: the memory that plans may use, not what is built in: leave out what others use.
     to_device, to_host: the copies between pinned host memory and the device, which run at the same time.
     device_memory: passes over device memory that compute little (activations, residuals): bytes read and written; the

@@ -30,6 +30,7 @@ class ModulePlan:
     layer_seconds: the mean of all layers of a step of ``step_seconds``. tokens_per_second: computed tokens; in decode,
     generated ones. bound_by: ``"device"``, ``"cpu"``, ``"to_device"`` or ``"to_host"``, which works longest
     (``"thread"`` where the profile is not concurrent). device_bytes, host_bytes: the most that the step uses.
+    choice: what the search settled, as its costs take it.
     """
 
     B: int

@@ -18,33 +18,33 @@ ROOT = Path(__file__).resolve().parents[2]
 # says how far above their targets they are.
 NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near"]  # parts of kvmem and of its tests that count apart
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 21_150),
-    ("bindings", ["csrc/bindings"], [], 2_400),
+    ("csrc without bindings and attend", ["csrc"], ["csrc/bindings", "csrc/attend"], 21_150),
+    ("csrc/attend", ["csrc/attend"], [], 1_130),
+    ("bindings", ["csrc/bindings"], [], 2_540),
     (
         "kvmem without the next parts",
         ["kvmem"],
         [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch"],
-        10_900,
+        11_330,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
-    ("kvmem/plan", ["kvmem/plan"], [], 290),
+    ("kvmem/plan", ["kvmem/plan"], [], 1_660),
     ("kvmem/selectors", ["kvmem/selectors"], [], 745),
     ("kvmem/tiers", ["kvmem/tiers"], [], 2_600),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
     ("kvmem/near", ["kvmem/near"], [], 1_500),
-    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 6_230),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_120),
     ("benchmarks", ["benchmarks"], [], 2_905),
-    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in NEXT], 38_600),
-    ("tests/plan", ["tests/plan"], [], 980),
+    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in NEXT], 38_910),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/near", ["tests/near"], [], 960),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
-    ("tests/plan", ["tests/plan"], [], 1_040),
+    ("tests/plan", ["tests/plan"], [], 1_890),
 ]
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 14
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 15
 # Each has its reason in docs/decisions.md, "Sizes".
 LONGER_FILES = {
     "csrc/driver/host/host_driver.cpp": 407,
@@ -56,7 +56,9 @@ SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
 FULLER_FOLDERS = {
     "csrc/allocator": 16,
-    "kvmem/bench": 23,
+    "csrc/bindings": 16,
+    "kvmem/bench": 21,
+    "kvmem/kernels": 16,
     "kvmem/layouts": 18,
     "tests/bench": 16,
     "tests/index": 16,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -304,3 +306,17 @@ class TestCompletions:
         assert ended == [8 * PAGE]
         io.close()
         os.close(fd)
+
+
+def test_a_tier_that_is_collected_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may run in a thread that holds what the tier's threads need to end."""
+    tier = open_disk(tmp_path / "disk", 8, threads=3)
+    keys = [key_of(i) for i in range(6)]
+    assert all(result.ok for result in put(tier, dict.fromkeys(keys, b"x" * 100)))
+    joined: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout=None: joined.append(thread))
+    del tier
+    gc.collect()
+    assert not joined
+    with open_disk(tmp_path / "disk", 8) as again:  # and the folder is free
+        assert again.contains(keys) == 6

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import os
 import random
 import stat
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -391,17 +389,3 @@ def test_corrupt_slots_are_used_again(rng: random.Random) -> None:
             assert isinstance(result, Result) and result.status is Status.CORRUPT
             assert tier.capacity().num_blocks == 0
         assert all(r.ok for r in put(tier, {key_of(n): b"x" for n in (30, 31)})) and tier.capacity().num_blocks == 2
-
-
-def test_a_tier_that_is_collected_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collector may run in a thread that holds what the tier's threads need to end."""
-    tier = open_disk(tmp_path / "disk", 8, threads=3)
-    keys = [key_of(i) for i in range(6)]
-    assert all(result.ok for result in put(tier, {key: b"x" * 100 for key in keys}))
-    joined: list[threading.Thread] = []
-    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout=None: joined.append(thread))
-    del tier
-    gc.collect()
-    assert not joined
-    with open_disk(tmp_path / "disk", 8) as again:  # and the folder is free
-        assert again.contains(keys) == 6

@@ -47,8 +47,7 @@ def _decode(options: Options) -> dict[str, Rows]:
 def _tiers(options: Options) -> dict[str, Rows]:
     from kvmem.bench.near.tiers import near_tiers
 
-    rows, crossovers = near_tiers(repetitions=options.repetitions, folder=options.folder)
-    return {"near_tiers": rows, "crossover": crossovers}
+    return dict(near_tiers(repetitions=options.repetitions, folder=options.folder))
 
 
 def _selectors(options: Options) -> dict[str, Rows]:
