@@ -26,16 +26,13 @@ KVMEM_SIMD Register read_up_to(E stored, const unsigned char* at, i64 count) {
   return read(stored, some);
 }
 
-// Asks for share `h` of what the heads of a unit have of `count` tokens, a block of tokens ahead and in the order of
-// memory: the order of use, head by head, visits the tokens of a page in turn, which processors do not foresee.
-KVMEM_SIMD void prefetch(const unsigned char* const* tokens, i64 count, i64 head, i64 row_bytes, i64 h, i64 heads) {
-  const i64 lines = ceil_div(row_bytes, 64), end = count * lines * (h + 1) / heads;
-  for (i64 i = count * lines * h / heads; i < end;) {
-    const i64 t = i / lines, from = i - t * lines, some = std::min(end - i, lines - from);
-    const unsigned char* at = tokens[t] + head + 64 * from;
-    for (i64 j = 0; j < some; ++j) __builtin_prefetch(at + 64 * j);
-    i += some;
-  }
+// Asks for the next line of `count` tokens, a block of tokens ahead, whenever element i begins a line. With 4 rows at a
+// time only: there the arithmetic takes so long that processors do not get as far ahead by themselves; and little by
+// little, because many requests at once would hold up the loads that are needed now.
+template <int kRows, class E>
+KVMEM_SIMD void prefetch(E, const unsigned char* const* tokens, i64 count, i64 head, i64 i) {
+  if (kRows < 4 || i % (64 / E::kBytes) != 0) return;
+  for (i64 t = 0; t < count; ++t) __builtin_prefetch(tokens[t] + head + i * E::kBytes);
 }
 
 // Adds to sums[r][t] the products of elements [i, i + kLanes) of kRows queries and kSums / kRows keys.
@@ -60,6 +57,7 @@ KVMEM_SIMD void score(E stored, const float* q, i64 q_stride, const unsigned cha
   for (int s = 0; s < Vector::kSums; ++s) sums[s] = Vector::zero();
   i64 i = 0;
   for (; i + Vector::kLanes <= width; i += Vector::kLanes) {
+    prefetch<kRows>(stored, k + Vector::kSums, kTokens, head, i);
     add_products<kRows, false>(stored, q, q_stride, k, head, i, 0, sums);
   }
   if (i < width) add_products<kRows, true>(stored, q, q_stride, k, head, i, width - i, sums);
@@ -103,6 +101,7 @@ KVMEM_SIMD void add_values(E stored, const float* weights, i64 tokens, const uns
     for (int p = 0; p < kParts; ++p) sums[r * kParts + p] = Vector::load(out + r * out_stride + i + p * Vector::kLanes);
   }
   for (i64 t = 0; t < tokens; ++t) {
+    prefetch<kRows>(stored, v + t + kWeighedTokens, 1, head, i);
     Register value[kParts];
     for (int p = 0; p < kParts; ++p) {
       value[p] = read_up_to<kSome>(stored, v[t] + head + (i + p * Vector::kLanes) * E::kBytes, count);
@@ -219,8 +218,6 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
   const i64 rows = shape.query_heads / shape.heads * unit.queries;  // of a head
   const i32* blocks = task.plan.blocks().data() + unit.first_block;
   const i64 block_size = task.plan.block_size();
-  const i64 k_bytes = (unit.heads - 1) * k.head + shape.width * E::kBytes;  // of a token
-  const i64 v_bytes = (unit.heads - 1) * v.head + shape.value_width * E::kBytes;
   // Behind the last token stands the last again: its scores are not used, and nothing else may be touched.
   const unsigned char *k_at[kTileTokens + kAheadTokens], *v_at[kTileTokens + kAheadTokens];
   for (i64 first = task.begin; first < task.end; first += kTileTokens) {
@@ -232,7 +229,6 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
     }
     for (i64 t = 0; t < tokens; t += Vector::kSums) {
       for (i64 h = 0; h < unit.heads; ++h) {
-        if (rows >= 4) prefetch(k_at + t + Vector::kSums, Vector::kSums, unit.head * k.head, k_bytes, h, unit.heads);
         score_rows(stored, s, h * rows, rows, k_at + t, (unit.head + h) * k.head, shape.width, t);
       }
     }
@@ -246,7 +242,6 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
     }
     for (i64 t = 0; t < tokens; t += kWeighedTokens) {
       for (i64 h = 0; h < unit.heads; ++h) {
-        if (rows >= 4) prefetch(v_at + t + kWeighedTokens, kWeighedTokens, unit.head * v.head, v_bytes, h, unit.heads);
         weigh_rows(stored, s, h * rows, rows, v_at + t, (unit.head + h) * v.head, shape.value_width, t,
                    std::min(kWeighedTokens, tokens - t));
       }

@@ -102,12 +102,10 @@ class DenseBatch:
         self._has_windows = any(g.window_tokens is not None for g in alloc.spec.groups)
         #: True if tensors that are read must be contiguous, for a model that calls ``view`` on them.
         self.dense = False
-        #: The model's, which names its attention; None if that is not known.
-        self.config: Any = None
+        self.config: Any = None  # the model's, which names its attention, if it is known
         #: Ids that stand for images, audio or video, by their name in the config.
         self.placeholders: dict[str, int] = {}
-        #: True if the KV of every token depends on inputs without ids.
-        self.more_than_ids = False
+        self.more_than_ids = False  # True if the KV of every token depends on inputs without ids
         #: How many tokens each layer has written. Kept here, so that removing tokens removes them for all layers.
         self.written: dict[LayerKey, int] = {}
         self._layers: dict[int, list[LayerKey]] = {}  # by group

@@ -192,7 +192,8 @@ def test_one_plan_serves_all_layers(backend: str, seed: int) -> None:
         cache = case.alloc.kv(layer)
         out, lse = run(case.q, cache)
         assert lse is None
-        assert torch.equal(out, cpu.attention(case.q, cache, case.batch)[0])
+        expected, _ = cpu.attention(case.q, cache, case.batch)  # of layers that hold nothing yet, anything
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(kvmem.SpecError, match="this plan was made for"):
         run(case.q.float(), case.cache)
     with pytest.raises(kvmem.SpecError, match=r"q: must be \["):
@@ -209,7 +210,7 @@ def test_refusals(backend: str, seed: int) -> None:
         (case.q.double(), case.cache, {}, "takes queries of float32, bfloat16, float16 and a cache"),
         (case.q, (torch.zeros(case.cache[0][:2].shape).double(),) * 2, {}, "takes queries of"),
         (case.q[:, :1], case.cache, {}, "must be a multiple of the cache's"),
-        (case.q[..., :3], case.cache, {}, "the last dimension dense"),
+        (case.q[..., :3], case.cache, {}, r"k: must be \[blocks, 16"),
         (case.q, case.cache, {"window_tokens": None}, "a window has dropped tokens"),
         (case.q, case.cache, {"window_tokens": 0}, "window_tokens: got 0"),
         (case.q, case.cache, {"sinks": torch.zeros(1)}, "sinks: got"),

@@ -55,7 +55,7 @@ def selectors_for(width: int) -> dict[str, Selector]:
 
 def repository_text() -> str:
     """Pages of the documentation of the checkout that this file is in. ``BenchError`` elsewhere."""
-    pages = [Path(__file__).parents[2] / "docs" / name for name in ("eviction.md", "format.md", "events.md")]
+    pages = [Path(__file__).parents[3] / "docs" / name for name in ("eviction.md", "format.md", "events.md")]
     if not all(page.exists() for page in pages):
         raise BenchError("no documentation beside the package, whose text this measures on: give a text of your own")
     return "\n".join(page.read_text() for page in pages)
