@@ -103,8 +103,7 @@ class DenseBatch:
         #: True if tensors that are read must be contiguous, for a model that calls ``view`` on them.
         self.dense = False
         self.config: Any = None  # the model's, which names its attention, if it is known
-        #: Ids that stand for images, audio or video, by their name in the config.
-        self.placeholders: dict[str, int] = {}
+        self.placeholders: dict[str, int] = {}  # ids that stand for images, audio or video, by name in the config
         self.more_than_ids = False  # True if the KV of every token depends on inputs without ids
         #: How many tokens each layer has written. Kept here, so that removing tokens removes them for all layers.
         self.written: dict[LayerKey, int] = {}
