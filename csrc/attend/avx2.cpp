@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #define KVMEM_TARGET __attribute__((target("avx2,fma,f16c")))
-#define KVMEM_SIMD inline __attribute__((target("avx2,fma,f16c"), always_inline))
+#define KVMEM_SIMD inline __attribute__((target("avx2,fma,f16c"))) KVMEM_INLINED
 
 namespace kvmem {
 namespace avx2 {

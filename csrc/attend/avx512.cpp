@@ -10,7 +10,7 @@
 #endif
 
 #define KVMEM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-#define KVMEM_SIMD inline __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"), always_inline))
+#define KVMEM_SIMD inline __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))) KVMEM_INLINED
 
 namespace kvmem {
 namespace avx512 {

@@ -8,6 +8,13 @@
 
 #include "attend/attention.h"
 
+// Sanitizers' checks make the kernel many times as long, and take minutes to compile where all is inlined.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define KVMEM_INLINED
+#else
+#define KVMEM_INLINED __attribute__((always_inline))
+#endif
+
 namespace kvmem {
 
 // Tokens whose scores exist at once.

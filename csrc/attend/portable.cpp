@@ -3,7 +3,7 @@
 #include "codec/formats.h"
 
 #define KVMEM_TARGET
-#define KVMEM_SIMD inline __attribute__((always_inline))
+#define KVMEM_SIMD inline KVMEM_INLINED
 
 namespace kvmem {
 namespace portable {
