@@ -40,7 +40,7 @@ PARTS = [
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
-    ("tests/near", ["tests/near"], [], 960),
+    ("tests/near", ["tests/near"], [], 1_020),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
     ("tests/plan", ["tests/plan"], [], 1_890),
 ]
