@@ -50,6 +50,7 @@ PARTS = (
     _pytest("driver", 120, "-n", "2", "tests/conformance/test_driver_conformance.py"),
     _pytest("stress", 90, "tests/gpu/test_gpu_stress.py"),
     _pytest("conformance", 240, "-n", "4", "tests/conformance/test_conformance.py", "tests/conformance/test_prefix_conformance.py"),
+    _pytest("staging", 60, "tests/plan/test_staging.py"),
     _pytest("blocks", 90, "-n", "2", "tests/kernels/test_kernels_blocks.py"),
     _pytest("kernels", 480, "tests/gpu/test_gpu_kernels.py"),
     Part("decoder", 120, ("examples/decoder_gpu.py",)),

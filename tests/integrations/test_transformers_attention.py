@@ -17,7 +17,6 @@ __all__ = ["one_thread"]
 MODES = {
     "greedy": {},
     "beam": {"num_beams": 4, "num_return_sequences": 2},
-    "sampling": {"do_sample": True, "num_return_sequences": 2},
     "assisted": {"prompt_lookup_num_tokens": 3},
 }
 

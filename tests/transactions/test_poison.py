@@ -6,11 +6,13 @@ and that the pool must be discarded. Ends are safe and leave nothing, and other 
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,17 @@ from support_world import PAGE, SPECS, World, assert_all_returned, checked, plai
 
 import kvmem
 from kvmem import PagePool, _core
+from kvmem.allocator.prefetch import Window
 from kvmem.tiers import Tiers
+
+
+@pytest.fixture(autouse=True)
+def quick_collections() -> Iterator[None]:
+    """What other tests have left in this process is not walked at each of hundreds of collections."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 SENTENCE = r"this pool cannot be trusted any more: .* failed \(.*\) and could not be undone \(.*\).*Discard it"
 CODE, UNDO_CODE = 719, 700
@@ -85,6 +97,10 @@ def public_calls(scene: Scene) -> dict[str, dict[str, Callable[[], object]]]:
         "extend_batch": lambda: alloc.extend_batch(ids, one),
         "flush": scene.tiered.flush,
         "prefetch": lambda: scene.tiered.prefetch([1]),
+        "hold": lambda: scene.tiered.hold([1]),
+        "block_set": lambda: scene.tiered.block_set([1], to="host"),
+        "read_set": lambda: alloc.read_set(0, [seq]),
+        "current_ranges": lambda: alloc.current_ranges(Window((), Fraction(1), 0, 0)),
         "ready": scene.tiered.ready,
         "store": lambda: scene.tiered.store([1]),
         "fill": lambda: alloc.fill(ids, batch),
