@@ -6,11 +6,10 @@
 //
 //   1. Every id, slot, byte, row, block, group and handle exists, in an arena of this allocator. Pages are below the
 //      largest number that the pool was ever allowed.
-//   2. A write (zero, copy, load) goes to memory that nothing uses: a page that the list has mapped from the free ones;
-//   a
-//      block that no table contains, or that the list has since put into one table; a row that is parked, or bound by
-//      the list. A zero may also go behind the length of the one sequence that has the memory, the least length that it
-//      has had in the list. What the list has copied is not overwritten while anything uses it.
+//   2. A write (zero, copy, load) goes to memory that nothing uses: a page that the list has mapped from the free
+//      ones; a block that no table contains, or that the list has since put into one table; a row that is parked, or
+//      bound by the list. A zero may also go behind the length of the one sequence that has the memory, the least
+//      length that it has had in the list. What the list has copied is not overwritten while anything uses it.
 //   3. Tokens that are live before and after the list have the same bytes before and after, wherever they have moved:
 //      ByteLedger follows the copies. The one exception is a whole block that becomes committed and is replaced by a
 //      block with equal tokens: one that was committed whole at the same index and has not been written since, but for

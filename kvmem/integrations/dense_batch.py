@@ -23,7 +23,6 @@ __all__ = ["EVERY", "BlockPlace", "DenseBatch", "RowPlace", "memory_of"]
 
 #: In place of a group's index: all groups that grow with the tokens, as in the core.
 EVERY = -1
-_NOTHING: Any = None
 
 #: A layer's number, and the first component that it writes there.
 LayerKey = tuple[int, str]
@@ -43,9 +42,10 @@ class RowPlace:
     """
 
     num_blocks = 0
+    step: Any = None
 
     def __init__(self, batch: GroupBatch, rows: list[int]) -> None:
-        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, len(rows)), batch, _NOTHING
+        self.slots, self.batch = _by_row(batch.slot_mapping, len(rows)), batch
         self._rows = rows
         step = rows[1] - rows[0] if len(rows) > 1 else 1
         even = step > 0 and all(b - a == step for a, b in pairwise(rows))
@@ -65,8 +65,10 @@ class RowPlace:
 class BlockPlace:
     """Where they lie on the paged backend, as ``RowPlace``. ``memory`` is ``Allocator.tensor()``."""
 
+    step: Any = None
+
     def __init__(self, batch: GroupBatch, num_rows: int) -> None:
-        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, num_rows), batch, _NOTHING
+        self.slots, self.batch = _by_row(batch.slot_mapping, num_rows), batch
         self._blocks = batch.block_table.long()
         self._block_size = batch.block_size
         self.num_blocks = int(batch.kv_indices_cpu.max()) + 1 if batch.num_indices else 0
@@ -100,8 +102,7 @@ class DenseBatch:
         #: While True, tokens of sliding windows are committed only by ``commit()``, so ``truncate`` can remove them.
         self.recording = False
         self._has_windows = any(g.window_tokens is not None for g in alloc.spec.groups)
-        #: True if tensors that are read must be contiguous, for a model that calls ``view`` on them.
-        self.dense = False
+        self.dense = False  # True if what is read must be contiguous, for a model that calls ``view`` on it
         self.config: Any = None  # the model's, which names its attention, if it is known
         self.placeholders: dict[str, int] = {}  # ids that stand for images, audio or video, by name in the config
         self.more_than_ids = False  # True if the KV of every token depends on inputs without ids
@@ -109,8 +110,7 @@ class DenseBatch:
         self.written: dict[LayerKey, int] = {}
         self._layers: dict[int, list[LayerKey]] = {}  # by group
         self._ids: list[int] = []
-        self._tokens: dict[int, int] = {}
-        self._committed: dict[int, int] = {}
+        self._tokens, self._committed = dict[int, int](), dict[int, int]()
         self._known: np.ndarray | None = None  # the ids of the first tokens of each row, int32 [B, n]
         self._places: list[RowPlace | BlockPlace] | None = None
         weakref.finalize(self, _free, alloc, self._ids).atexit = False

@@ -17,7 +17,7 @@ from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run
 from kvmem.kernels.checks import check_all_blocks, check_batch, check_queries, plain, window_left
 
-__all__ = ["DTYPES", "attention", "described", "plan"]
+__all__ = ["DTYPES", "attention", "described", "dtype_name", "plan"]
 
 #: Of K and V. Queries are float32, bfloat16 or float16, whatever K and V are.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -83,7 +83,7 @@ def plan(
     work = _core.Attention(
         batch.block_table, batch.seq_lens, first, packed.cu_seqlens_q, block_size=batch.block_size,
         query_heads=num_query_heads, heads=num_kv_heads, width=head_dim, value_width=value_dim or head_dim,
-        query=_name(dtype), stored=_name(kv_dtype or dtype),
+        query=dtype_name(dtype), stored=dtype_name(kv_dtype or dtype),
         scale=(head_dim**-0.5 if scale is None else scale) * k_scale, value_scale=v_scale, soft_cap=soft_cap or 0.0,
         window=left + 1, causal=causal, sinks=sinks,
     )  # fmt: skip
@@ -122,10 +122,10 @@ class _Planned:
 
 def _check_dtypes(queries: torch.dtype, stored: torch.dtype) -> None:
     if queries not in DTYPES[:3] or stored not in DTYPES:
+        floats, others = (", ".join(map(dtype_name, some)) for some in (DTYPES[:3], DTYPES[3:]))
         raise SpecError(
-            f"q: got queries of {queries} and a cache of {stored}; this kernel takes queries of "
-            f"{', '.join(map(_name, DTYPES[:3]))} and a cache of these or {', '.join(map(_name, DTYPES[3:]))}: use "
-            "kvmem.kernels.reference.sdpa"
+            f"q: got queries of {queries} and a cache of {stored}; this kernel takes queries of {floats} and a cache "
+            f"of these or {others}: use kvmem.kernels.reference.sdpa"
         )
 
 
@@ -136,5 +136,6 @@ def described(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 @cached
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As ``_core.Attention`` takes it: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")

@@ -29,12 +29,11 @@ def attend_blocks(
     out = torch.zeros(*q.shape[:2], v.shape[3], dtype=q.dtype)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=compute_dtype(q))
     if q.dtype in cpu.DTYPES[:3] and k.dtype in cpu.DTYPES and k.dtype == v.dtype:
-        query, stored = (str(x.dtype).removeprefix("torch.") for x in (q, k))
         numbers = (torch.tensor(x, dtype=torch.int32) for x in (lengths, [0] * len(lengths), [0, *accumulate(counts)]))
         work = _core.Attention(
             table.to(torch.int32).contiguous(), *numbers, block_size=k.shape[1], query_heads=q.shape[1],
-            heads=k.shape[2], width=k.shape[3], value_width=v.shape[3], query=query, stored=stored,
-            scale=k.shape[3] ** -0.5, causal=causal,
+            heads=k.shape[2], width=k.shape[3], value_width=v.shape[3], query=cpu.dtype_name(q.dtype),
+            stored=cpu.dtype_name(k.dtype), scale=k.shape[3] ** -0.5, causal=causal,
         )  # fmt: skip
         dense = q if q.stride(2) == 1 else q.contiguous()
         q_at, k_at, v_at, out_at = map(cpu.described, (dense, k, v, out))

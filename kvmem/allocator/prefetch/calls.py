@@ -4,7 +4,6 @@ to the cache in front of the device's memory. Hints: they change no result, what
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +18,7 @@ from kvmem.allocator.prefetch.ranges import Ranges
 from kvmem.allocator.prefetch.read_sets import ReadCalls, ReadSet
 from kvmem.allocator.prefix import Salt, Tokens, token_ids
 from kvmem.allocator.tiers.calls import TierCalls
-from kvmem.allocator.tiers.loads import POLL_SECONDS, Load
+from kvmem.allocator.tiers.loads import Load, wait_until
 from kvmem.arguments import brief, check_choice
 from kvmem.errors import SpecError
 from kvmem.events.digests import ExtraKey
@@ -74,12 +73,7 @@ class Prefetching:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, ``timeout`` seconds at most; return whether it has."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while not self.done():
-            if end is not None and time.monotonic() >= end:
-                return False
-            time.sleep(POLL_SECONDS)
-        return True
+        return wait_until(self.done, timeout)
 
     def cancel(self) -> None:
         """Stop it where it is. What a GPU was given, it does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,10 +16,20 @@ if TYPE_CHECKING:
     from kvmem.allocator.tiers.places import Prompt
     from kvmem.allocator.tiers.transfers import Transfers
 
-__all__ = ["POLL_SECONDS", "Arrivals", "Block", "Load", "Place"]
+__all__ = ["POLL_SECONDS", "Arrivals", "Block", "Load", "Place", "wait_until"]
 
 POLL_SECONDS = 0.0005
 Place = tuple[int, int]  # block of a prompt, group
+
+
+def wait_until(ended: Callable[[], bool], timeout: float | None) -> bool:
+    """Ask until ``ended()``, ``timeout`` seconds at most, or without an end for None; return whether it has."""
+    end = None if timeout is None else time.monotonic() + timeout
+    while not ended():
+        if end is not None and time.monotonic() >= end:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 class Block(NamedTuple):
@@ -112,12 +123,7 @@ class Load:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the load is done, ``timeout`` seconds at most; return whether it is."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while not self.advance():
-            if end is not None and time.monotonic() >= end:
-                return False
-            time.sleep(POLL_SECONDS)
-        return True
+        return wait_until(self.advance, timeout)
 
     def cancel(self) -> None:
         """Stop the load. What has arrived stays in host slots."""

@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from kvmem.allocator.tiers.loads import POLL_SECONDS, Arrivals, Block, Load, Place
+from kvmem.allocator.tiers.loads import POLL_SECONDS, Arrivals, Block, Load, Place, wait_until
 from kvmem.allocator.tiers.search import key_of, search
 from kvmem.tiers.base import Result, Status, Tier
 from kvmem.tiers.fault_log import FaultLog
@@ -168,12 +168,8 @@ class Transfers:
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything that was handed over is written, ``timeout`` seconds at most; return whether it is."""
-        end, writes = None if timeout is None else time.monotonic() + timeout, set(self._writes)
-        while not writes.isdisjoint(self._writes):
-            if end is not None and time.monotonic() >= end:
-                return False
-            time.sleep(POLL_SECONDS)
-        return True
+        writes = set(self._writes)
+        return wait_until(lambda: writes.isdisjoint(self._writes), timeout)
 
     # --- from lower tiers ---
 
