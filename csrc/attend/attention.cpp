@@ -270,7 +270,7 @@ void Attention::run(const AttentionCall& call, i64 threads) const try {
   }
   const Run run(*this, call);
   Partials partials(units_, partial_rows_, run.value_width());
-  const auto work = [&](i64 task, i64) {
+  const auto work = [&](i64 task) {
     thread_local AttentionScratch scratch;
     const auto index = static_cast<size_t>(unit_of_task_[static_cast<size_t>(task)]);
     const AttentionUnit& unit = units_[index];

@@ -48,23 +48,15 @@ AttentionKernel avx2_kernel();
 AttentionKernel avx512_kernel();
 
 // Formats of stored elements, and their size.
-struct F32 {
-  static constexpr i64 kBytes = 4;
+template <Element kElement, i64 kSize>
+struct Stored {
+  static constexpr i64 kBytes = kSize;
 };
-struct Bf16 {
-  static constexpr i64 kBytes = 2;
-};
-struct F16 {
-  static constexpr i64 kBytes = 2;
-};
-struct F8E4M3 {
-  static constexpr i64 kBytes = 1;
-};
-struct F8E5M2 {
-  static constexpr i64 kBytes = 1;
-};
-struct I8 {
-  static constexpr i64 kBytes = 1;
-};
+using F32 = Stored<Element::f32, 4>;
+using Bf16 = Stored<Element::bf16, 2>;
+using F16 = Stored<Element::f16, 2>;
+using F8E4M3 = Stored<Element::e4m3, 1>;
+using F8E5M2 = Stored<Element::e5m2, 1>;
+using I8 = Stored<Element::i8, 1>;
 
 }  // namespace kvmem

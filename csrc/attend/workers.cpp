@@ -16,16 +16,16 @@ namespace kvmem {
 namespace {
 
 struct Job {
-  Job(const std::function<void(i64, i64)>& w, i64 count) : work(&w), tasks(count) {}
-  const std::function<void(i64, i64)>* work;
+  Job(const std::function<void(i64)>& w, i64 count) : work(&w), tasks(count) {}
+  const std::function<void(i64)>* work;
   i64 tasks;
   std::atomic<i64> next{0};
   std::mutex failing;
   std::exception_ptr failed;
 
-  void run(i64 worker) {
+  void run() {
     try {
-      for (i64 task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) (*work)(task, worker);
+      for (i64 task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) (*work)(task);
     } catch (...) {
       next.store(tasks);
       const std::lock_guard<std::mutex> lock(failing);
@@ -43,7 +43,7 @@ class Workers {
       job_ = &job, wanted_ = running_ = started(threads - 1), ++round_;
     }
     wake_.notify_all();
-    job.run(0);
+    job.run();
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [&] { return running_ == 0; });
     job_ = nullptr;
@@ -73,7 +73,7 @@ class Workers {
         if (worker > wanted_) continue;
         job = job_;
       }
-      job->run(worker);
+      job->run();
       const std::lock_guard<std::mutex> lock(mutex_);
       if (--running_ == 0) done_.notify_one();
     }
@@ -99,13 +99,13 @@ Workers& workers() {
 
 }  // namespace
 
-void run_tasks(i64 tasks, i64 threads, const std::function<void(i64, i64)>& work) {
+void run_tasks(i64 tasks, i64 threads, const std::function<void(i64)>& work) {
   Job job(work, tasks);
   const i64 used = std::min(tasks, threads);
   if (used > 1) {
     workers().run(job, used);
   } else {
-    job.run(0);
+    job.run();
   }
   if (job.failed) std::rethrow_exception(job.failed);
 }

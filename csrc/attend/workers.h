@@ -9,9 +9,9 @@
 
 namespace kvmem {
 
-// Calls work(task, worker) once for each task of [0, tasks), on at most `threads` threads, the caller included; worker
-// is below `threads`. The first exception is thrown again here, after all threads have stopped; some tasks are left
-// out then. REQUIRES: work calls no run_tasks(). Cost: two switches of a sleeping thread for each thread but one.
-void run_tasks(i64 tasks, i64 threads, const std::function<void(i64 task, i64 worker)>& work);
+// Calls work(task) once for each task of [0, tasks), on at most `threads` threads, the caller included. The first
+// exception is thrown again here, after all threads have stopped; some tasks are left out then. REQUIRES: work calls no
+// run_tasks(). Cost: two switches of a sleeping thread for each thread but one.
+void run_tasks(i64 tasks, i64 threads, const std::function<void(i64 task)>& work);
 
 }  // namespace kvmem
