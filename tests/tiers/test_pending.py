@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -13,6 +12,7 @@ from tier_world import SPECS, DictTier, World, make, prompts
 
 import kvmem
 from kvmem import NotReady, SchedulerCache, SpecError, StaleHandle
+from kvmem.allocator.tiers.loads import wait_until
 from kvmem.tiers import Result
 from kvmem.tiers.base import Buffer
 
@@ -22,16 +22,28 @@ TEXT = [7 * i % 50 for i in range(50)]
 WHOLE = 48  # tokens of its whole blocks, of which one token at least is left to compute
 
 
+class Gate(threading.Event):
+    """Open at first. A test that fails while it is shut must still end: closing an allocator waits for its tier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set()
+
+    def pass_through(self) -> None:
+        if not self.wait(30):
+            self.set()
+            raise AssertionError("nobody opened the gate")
+
+
 class SlowTier(DictTier):
     """Answers when it is told to."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.go_on = threading.Event()
-        self.go_on.set()
+        self.go_on = Gate()
 
     def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
-        assert self.go_on.wait(60)
+        self.go_on.pass_through()
         return super().get(keys, buffers)
 
 
@@ -198,14 +210,13 @@ def test_one_write_at_a_time_while_a_load_is_under_way(backend: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.writing = self.most = 0
-            self.write_on = threading.Event()
-            self.write_on.set()
+            self.write_on = Gate()
 
         def put(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
             with self._lock:
                 self.writing += 1
                 self.most = max(self.most, self.writing)
-            assert self.write_on.wait(60)
+            self.write_on.pass_through()
             results = super().put(keys, buffers)
             with self._lock:
                 self.writing -= 1
@@ -221,14 +232,13 @@ def test_one_write_at_a_time_while_a_load_is_under_way(backend: str) -> None:
         tier.go_on.clear()
         tier.write_on.clear()
         load = alloc.prefetch(TEXT, to="host")
-        while not alloc.tiering.transfers._turns._loads:
-            time.sleep(0.001)
+        assert wait_until(lambda: bool(alloc.tiering.transfers._turns._loads), 60)
         tier.most = 0
         for first in range(100, 400, 100):
             world.run([first + i for i in range(20)], load="device")
             alloc.store([first + i for i in range(20)])
-        assert not alloc.flush(0.2)
-        assert tier.most == 1
+        assert wait_until(lambda: tier.writing > 0, 60)
+        assert not alloc.flush(0.2)  # time for the others, if they did not wait
         tier.write_on.set()
         assert alloc.flush(60) and tier.most == 1  # one after the other, and the load is still under way
         tier.go_on.set()
