@@ -59,7 +59,8 @@ class Allocator(PrefetchCalls, ContentCalls, MemoryCalls):
         each time a sequence gets it, so that no sequence reads another's data; ``"never"``.
     prefix_cache: share the memory of equal prefixes, and keep it cached after a sequence ends, until memory is needed.
         Uses the token ids that ``sequence(tokens)`` and ``commit(tokens)`` are given.
-    partial_reuse: if a cached block is equal only in part, copy the equal part.
+    partial_reuse: if a cached block is equal only in part, copy the equal part. Without effect if a group of the spec
+        has another ``block_order`` than ``"tokens"``: matches end at block edges then.
     policy: which cached blocks are evicted first: ``docs/eviction.md``.
     cached_rows: rows that keep the tokens of sequences that have ended (virtual); they cost addresses, not memory.
         Default: three times ``max_sequences``, at least 16, fewer if there are not enough addresses; the same without

@@ -79,6 +79,7 @@ class OpenedCore:
         self._settle(interleave, tail_guard_tokens, map_ahead_tokens)
         limit = self._limit_bytes(memory)
         self._lay_out(cached_rows, limit)
+        partial_reuse = check_bool("partial_reuse", partial_reuse) and not self._whole_blocks
         self._open(zero, limit, _prefix_options(prefix_cache, partial_reuse, policy, events, self._moves(tiers)))
         self._pending: dict[int, Any] = {}  # by handle: sequences that wait for a load
         self._tiering = None if tiers is None else open_tiers(self.core, spec, self._layouts, self.device.type, tiers)
@@ -95,6 +96,8 @@ class OpenedCore:
         check_choice("zero", zero, ("never", "fresh", "always"))
         check_choice("policy", policy, tuple(_core.eviction_policy_names()))
         self.spec, self.backend = spec, backend
+        #: Whether some group's blocks are copied, and match prefixes, as a whole.
+        self._whole_blocks = any(group.block_order != "tokens" for group in spec.groups)
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
 
     def _check_sizes(self, max_sequences: int, max_tokens: int, record_ops: bool, debug: bool | None) -> None:
@@ -116,9 +119,13 @@ class OpenedCore:
         home = self.pool.device
         self.device, info = home.torch_device, home.info
         self.interleave = resolve_interleave("all" if interleave is None else interleave, self.spec.num_layers)
-        self.tail_guard_tokens = check_size(
-            "tail_guard_tokens", default(guard, info.default_guard_tokens), 0, INT32_MAX
-        )
+        usual = 0 if self._whole_blocks else info.default_guard_tokens
+        self.tail_guard_tokens = check_size("tail_guard_tokens", default(guard, usual), 0, INT32_MAX)
+        if self._whole_blocks and self.tail_guard_tokens:
+            raise SpecError(
+                f"tail_guard_tokens: got {guard}; a guard is zeroed token by token, and blocks of this spec are moved "
+                'as a whole (block_order): use 0, with zero="always" for kernels that load the rest of a block'
+            )
         self.map_ahead_tokens = check_size("map_ahead_tokens", default(ahead, info.default_ahead_tokens), 0, INT32_MAX)
 
     def _limit_bytes(self, memory: int | float | str | None) -> int:
@@ -194,7 +201,7 @@ def _prefix_options(
 ) -> _core.PrefixOptions:
     return _core.PrefixOptions(
         on=check_bool("prefix_cache", prefix_cache),
-        partial=check_bool("partial_reuse", partial_reuse),
+        partial=partial_reuse,
         policy=policy,
         hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer bits in tests of hash collisions
         event_capacity=check_size("events", events, 0, INT32_MAX),

@@ -13,7 +13,7 @@ from kvmem.kernels.base import Form
 
 __all__ = [
     "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_cache",
-    "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of", "host", "plain", "row_spans",
+    "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of", "heads_first", "host", "plain", "row_spans",
     "rows_of", "window_left",
 ]  # fmt: skip
 
@@ -32,11 +32,18 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if eight_bits else tensor
 
 
+def heads_first(blocks: torch.Tensor) -> bool:
+    """Whether ``[num_blocks, block_size, H, W]`` is a transposed view of head-major blocks."""
+    return blocks.ndim == 4 and blocks.shape[2] > 1 and blocks.stride(1) < blocks.stride(2)
+
+
 def flat_tokens(blocks: torch.Tensor) -> torch.Tensor:
     """``[num_blocks, block_size, H, W]`` as ``[num_blocks * block_size, H, W]``, a view: index t is what
-    ``slot_mapping`` holds.
+    ``slot_mapping`` holds. ``SpecError`` for head-major blocks, of which there is no such view.
     """
     blocks = plain(blocks)
+    if heads_first(blocks):
+        raise SpecError("cache: its blocks are head-major, and this reads tokens that lie one after the other")
     num_blocks, block_size, heads, width = blocks.shape
     return blocks.view(num_blocks * block_size, heads, width)
 
