@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conformance import *  # noqa: F403 - the tests
-from conformance import step
 from conformance_memory import *  # noqa: F403
 from conformance_prefix import *  # noqa: F403
-from conformance_prefix_life import *  # noqa: F403
 from lockstep import Lockstep
 from support import SIZES, hybrid_windows, make_allocator, plain
 
@@ -63,22 +61,33 @@ def test_the_guard_behind_a_sequence_can_be_read(make: Callable[..., kvmem.Alloc
         make(tail_guard_tokens=64)
 
 
-@pytest.mark.parametrize("zero", ["fresh", "always"])
 @pytest.mark.parametrize("order", ["heads", "joined"])
-@pytest.mark.parametrize("spec", [plain, hybrid_windows])
-def test_random_operations_with_contents(
-    spec: Callable[[int], kvmem.CacheSpec], order: str, zero: str, backend: str, rng: random.Random
-) -> None:
-    """Forks, truncations and growth inside of blocks: every token verified. Sizes: pages and blocks of all relations."""
-    for name in sorted(SIZES):
-        sizes = SIZES[name]
-        pair = Lockstep(
-            make_allocator(
-                spec(sizes["block_size"]).with_blocks(order), backend, interleave=rng.choice([1, "all"]), zero=zero,
-                page_bytes=sizes["page_bytes"], memory=50 * sizes["page_bytes"],
-            )
-        )  # fmt: skip
-        for _ in range(60):
-            step(pair, rng)
-            pair.agree()
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_part_of_a_block_is_copied_as_the_whole(order: str, size: str, backend: str, rng: random.Random) -> None:
+    """Forks, truncations and growth inside of blocks, with every token verified: pages and blocks of all relations."""
+    sizes, spec = SIZES[size], rng.choice([plain, hybrid_windows])
+    alloc = make_allocator(
+        spec(sizes["block_size"]).with_blocks(order), backend, interleave=rng.choice([1, "all"]), max_sequences=12,
+        zero=rng.choice(["fresh", "always"]), page_bytes=sizes["page_bytes"], memory=1000 * sizes["page_bytes"],
+    )  # fmt: skip
+    pair = Lockstep(alloc)
+
+    def grow(handle: int, n: int) -> None:
+        assert pair.extend({handle: n})
+        pair.write([handle])
+        pair.commit({handle: n})
+        pair.contents_agree()
+
+    parts = range(1, sizes["block_size"])
+    first = pair.open()
+    grow(first, 2 * sizes["block_size"] + rng.choice(parts))
+    for _ in range(4):
+        twin = pair.fork(first)
+        grow(twin, rng.choice(parts)), grow(first, rng.choice(parts))
+        tokens = pair.model.sequences[twin][pair.model.main].tokens
+        third = pair.fork(twin)
+        pair.truncate(third, max(pair.model.least_tokens(third), tokens - rng.choice(parts)))
+        grow(third, rng.choice(parts)), grow(twin, 1)
+        pair.agree()
+        pair.free([twin])
         pair.contents_agree()
