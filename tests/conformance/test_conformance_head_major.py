@@ -67,7 +67,7 @@ def test_part_of_a_block_is_copied_as_the_whole(order: str, size: str, backend: 
     """Forks, truncations and growth inside of blocks, with every token verified: pages and blocks of all relations."""
     sizes, spec = SIZES[size], rng.choice([plain, hybrid_windows])
     alloc = make_allocator(
-        spec(sizes["block_size"]).with_blocks(order), backend, interleave=rng.choice([1, "all"]), max_sequences=12,
+        spec(sizes["block_size"]).with_blocks(order), backend, interleave=rng.choice([1, "all"]), max_sequences=12, max_tokens=2000,
         zero=rng.choice(["fresh", "always"]), page_bytes=sizes["page_bytes"], memory=1000 * sizes["page_bytes"],
     )  # fmt: skip
     pair = Lockstep(alloc)
