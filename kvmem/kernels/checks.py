@@ -12,7 +12,8 @@ from kvmem.geometry.views import plain
 from kvmem.kernels.base import Form
 
 __all__ = [
-    "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_cache",
+    "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_by_head",
+    "check_cache",
     "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of", "heads_first", "host", "plain", "row_spans",
     "rows_of", "window_left",
 ]  # fmt: skip
@@ -73,6 +74,28 @@ def check_cache(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
             f"cache: K has strides {k.stride()} and V {v.stride()}; append and CUDA-core decode take equal strides only"
         )
     check_strides(k)
+    return k, v
+
+
+def check_by_head(
+    cache: object, heads: int, block_size: int, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of head-major blocks as plain tensors; ``SpecError`` unless each is ``[num_blocks, heads, block_size,
+    width]`` of that dtype in memory of the CPU, with equal strides and the last two dimensions dense.
+    """
+    check_all_blocks(cache, "alloc.kv_by_head(layer)")
+    k, v = (plain(part) for part in cache)  # type: ignore[attr-defined]
+    expected = (heads, block_size, width)
+    if tuple(k.shape[1:]) != expected or tuple(v.shape[1:]) != expected or {k.dtype, v.dtype} != {dtype}:
+        raise SpecError(
+            f"cache: K is {tuple(k.shape)} {k.dtype} and V {tuple(v.shape)} {v.dtype}; must be [num_blocks, heads, "
+            f"block_size, width] = [num_blocks, {heads}, {block_size}, {width}] of {dtype}: alloc.kv_by_head(layer)"
+        )
+    if k.stride() != v.stride() or k.stride()[2:] != (width, 1) or not k.is_cpu:
+        raise SpecError(
+            f"cache: K has strides {k.stride()} and V {v.stride()}, on {k.device}; the kernel takes equal ones with "
+            "dense blocks of a head, in memory of the CPU: alloc.kv_by_head(layer)"
+        )
     return k, v
 
 
@@ -165,15 +188,14 @@ def check_batch(batch: object) -> None:
         raise SpecError(f"batch: got {batch!r:.200}; kernels take the batch of a step: alloc.batch([seq])")
 
 
-def check_all_blocks(cache: object) -> None:
-    """``SpecError`` for what is not K and V of all blocks, ``[num_blocks, block_size, heads, width]`` each."""
+def check_all_blocks(cache: object, call: str = "alloc.kv(layer)") -> None:
+    """``SpecError`` for what is not K and V of all blocks, four dimensions each. call: what gives them."""
     parts = cache if isinstance(cache, (tuple, list)) else [cache]
     if len(parts) == 2 and all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in parts):
         return
     got = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
     raise SpecError(
-        f"cache: got {got}; must be alloc.kv(layer), K and V of all blocks; seq.kv(layer) is for attention without a "
-        "batch"
+        f"cache: got {got}; must be {call}, K and V of all blocks; seq.kv(layer) is for attention without a batch"
     )
 
 
