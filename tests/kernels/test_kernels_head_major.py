@@ -76,7 +76,7 @@ class World:
         batch = self.alloc.batch(list(counts), new_tokens=list(counts.values()))
         self._soil(batch)
         new = torch.randn(2, sum(counts.values()), self.heads, self.head_dim, generator=self.draw).to(self.dtype)
-        for (seq, n), part in zip(counts.items(), new.split(list(counts.values()), 1), strict=True):
+        for seq, part in zip(counts, new.split(list(counts.values()), 1), strict=True):
             self.kept[seq.id].append(part)
         self.attend(batch, list(counts), new)
         for seq, n in counts.items():
