@@ -6,15 +6,15 @@ import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade
-from kvmem.arguments import brief
+from kvmem.arguments import brief, check_size
 from kvmem.errors import SpecError
 from kvmem.geometry.views import plain
 from kvmem.kernels.base import Form
 
 __all__ = [
     "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple",
-    "check_by_head", "check_cache", "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of",
-    "heads_first", "host", "plain", "row_spans", "rows_of", "window_left",
+    "check_by_head", "check_cache", "check_heads", "check_new", "check_no_window", "check_queries", "check_strides",
+    "flat_tokens", "form_of", "heads_first", "host", "plain", "row_spans", "rows_of", "window_left",
 ]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
@@ -196,6 +196,23 @@ def check_all_blocks(cache: object, call: str = "alloc.kv(layer)") -> None:
     raise SpecError(
         f"cache: got {got}; must be {call}, K and V of all blocks; seq.kv(layer) is for attention without a batch"
     )
+
+
+def check_heads(num_query_heads: object, num_kv_heads: object, head_dim: object) -> None:
+    """``SpecError`` unless all are integers of 1 or more, and the query heads a multiple of the cache's."""
+    queries, heads = check_size("num_query_heads", num_query_heads), check_size("num_kv_heads", num_kv_heads)
+    check_size("head_dim", head_dim)
+    if queries % heads:
+        raise SpecError(f"num_query_heads: got {queries}; must be a multiple of num_kv_heads, {heads}")
+
+
+def check_new(name: str, values: object, shape: tuple[int, ...]) -> None:
+    """``SpecError`` unless ``values`` is a tensor of that shape in memory of the CPU."""
+    if not isinstance(values, torch.Tensor) or not values.is_cpu:
+        got = f"a tensor on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
+        raise SpecError(f"{name}: got {got}; must be a tensor in memory of the CPU")
+    if tuple(values.shape) != shape:
+        raise SpecError(f"{name}: got shape {tuple(values.shape)}; the batch and the cache make it {shape}")
 
 
 def check_queries(q: object) -> None:

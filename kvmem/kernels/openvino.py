@@ -26,9 +26,10 @@ import torch
 
 from kvmem.allocator import Allocator
 from kvmem.allocator.batch import GroupBatch
+from kvmem.arguments import check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run, Step
-from kvmem.kernels.checks import check_by_head, check_queries, plain, window_left
+from kvmem.kernels.checks import check_batch, check_by_head, check_heads, check_new, check_queries, plain, window_left
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.spec import CacheSpec, dtype_name
 
@@ -101,7 +102,7 @@ def table_inputs(batch: GroupBatch) -> dict[str, npt.NDArray[np.integer[Any]]]:
     form. Rows without new tokens are left out. ``SpecError`` for a padded batch: the kernel would write to the null
     block; and for another block size than 32.
     """
-    batch.check_current()
+    check_batch(batch)
     if batch.block_size != BLOCK_SIZE:
         raise SpecError(f"block_size: got {batch.block_size}; OpenVINO's kernel has {BLOCK_SIZE}: openvino.spec_for()")
     if bool(((batch.seq_lens == 1) & (batch.block_table[:, 0] == 0)).any()):
@@ -156,14 +157,12 @@ class Attention:
         check_queries(q)
         tokens = batch.num_new_tokens
         for name, tensor, count in (("q", q, query_heads), ("k", k, heads), ("v", v, heads)):
-            if tuple(tensor.shape) != (tokens, count, width):
-                expected = (tokens, count, width)
-                raise SpecError(f"{name}: got {tuple(tensor.shape)}; the batch and this layer make it {expected}")
+            check_new(name, tensor, (tokens, count, width))
         key, value = _dense(cache, heads, BLOCK_SIZE, width)
         inputs = table_inputs(batch)
         if tokens == 0:
             return torch.empty(0, query_heads, width)
-        new = torch.cat([to_cache_dtype(t, torch.float32).flatten(1) for t in (q, k, v)], 1)
+        new = torch.cat([to_cache_dtype(t.detach(), torch.float32).flatten(1) for t in (q, k, v)], 1)
         inputs |= {"inputs_embeds": new.numpy(), "key_cache.0": key, "value_cache.0": value}
         for name, array in inputs.items():
             self._request.set_tensor(name, self._library.api.Tensor(array, shared_memory=True))
@@ -182,11 +181,9 @@ def compile_attention(
     library: what ``load()`` returns. window_tokens: tokens that a query sees, itself included. scale: default
     ``head_dim ** -0.5``. ``SpecError`` where the package transforms the layer into something else than it used to.
     """
-    if num_query_heads % num_kv_heads or (window_tokens is not None and window_tokens < 1):
-        raise SpecError(
-            f"got {num_query_heads} query heads over {num_kv_heads}, window_tokens={window_tokens}; the heads must be "
-            "a multiple of the cache's, and a window 1 token or more"
-        )
+    check_heads(num_query_heads, num_kv_heads, head_dim)
+    if window_tokens is not None:
+        check_size("window_tokens", window_tokens)
     scale = head_dim**-0.5 if scale is None else scale
     return Attention(library, num_query_heads, num_kv_heads, head_dim, window_tokens or 0, scale)
 

@@ -35,7 +35,7 @@ import torch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run, Step
-from kvmem.kernels.checks import check_batch, check_by_head, check_queries, plain, window_left
+from kvmem.kernels.checks import check_batch, check_by_head, check_heads, check_new, check_queries, plain, window_left
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.spec import CacheSpec, dtype_name
 
@@ -103,7 +103,7 @@ def isa_for(head_dim: int, block_size: int) -> Isa:
     """
     if head_dim not in HEAD_DIMS:
         raise SpecError(f"head_dim: got {head_dim}; vLLM's CPU kernel has {', '.join(map(str, HEAD_DIMS))}")
-    if block_size % 16:
+    if block_size < 1 or block_size % 16:
         raise SpecError(f"block_size: got {block_size}; vLLM's CPU kernel takes multiples of 16, best of 32")
     return "vec16" if head_dim % 32 or block_size % 32 else "vec"
 
@@ -182,11 +182,9 @@ def plan(
     Other arguments as for FlashInfer's plans; soft_cap: 0 for none. ``SpecError`` for what the kernel does not take.
     """
     common: dict[str, Any] = {"window_tokens": window_tokens, "causal": causal, "queries": queries}
-    if dtype not in _DTYPES or num_query_heads % num_kv_heads:
-        raise SpecError(
-            f"got queries of {dtype}, {num_query_heads} heads over {num_kv_heads}; vLLM's CPU kernel takes float32, "
-            "bfloat16 or float16, and a multiple of the cache's heads"
-        )
+    check_heads(num_query_heads, num_kv_heads, head_dim)
+    if dtype not in _DTYPES:
+        raise SpecError(f"dtype: got {dtype}; vLLM's CPU kernel takes float32, bfloat16 and float16")
     args = attention_args(batch, head_dim=head_dim, scale=scale, soft_cap=soft_cap, **common)
     sizes = metadata_args(
         batch, num_query_heads=num_query_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, **common
@@ -201,10 +199,15 @@ def plan(
         if tuple(q.shape) != (num_tokens, num_query_heads, head_dim) or q.dtype != dtype:
             expected = f"[{num_tokens}, {num_query_heads}, {head_dim}] of {dtype}"
             raise SpecError(f"q: got {tuple(q.shape)} of {q.dtype}; this plan was made for {expected}")
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = torch.empty_like(q.detach(), memory_format=torch.contiguous_format)
         if num_tokens:
             kernel.ops.cpu_attention_with_kv_cache(
-                query=q.contiguous(), key_cache=k, value_cache=v, output=out, scheduler_metadata=metadata, **args
+                query=q.detach().contiguous(),
+                key_cache=k,
+                value_cache=v,
+                output=out,
+                scheduler_metadata=metadata,
+                **args,
             )
         return out
 
@@ -226,10 +229,9 @@ def write(kernel: VllmCpu, cache: Cache, batch: GroupBatch, k: torch.Tensor, v: 
         raise SpecError(f"cache: got {type(blocks).__name__}; must be alloc.kv_by_head(layer)")
     _, heads, _, width = blocks.shape
     isa, (key, value) = isa_for(width, size), check_by_head(cache, heads, size, width, blocks.dtype)
-    new = [to_cache_dtype(t, blocks.dtype, name=name).contiguous() for name, t in (("k", k), ("v", v))]
-    for name, tensor in zip("kv", new, strict=True):
-        if tuple(tensor.shape) != (expected := (len(slots), heads, width)):
-            raise SpecError(f"{name}: got shape {tuple(tensor.shape)}; the batch and the cache make it {expected}")
+    for name, tensor in (("k", k), ("v", v)):
+        check_new(name, tensor, (len(slots), heads, width))
+    new = [to_cache_dtype(t.detach(), blocks.dtype, name=name).contiguous() for name, t in (("k", k), ("v", v))]
     begun = slots[slots % size == 0] // size
     key[begun], value[begun] = 0, 0
     if len(slots):
