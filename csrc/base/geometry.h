@@ -37,14 +37,14 @@ struct GroupGeometry {
   // The tokens of a block do not lie one after the other (head-major, or packed by a kernel): part of a block is copied
   // as the whole block. Such a group has no guard, and nothing matches inside its blocks.
   bool whole_blocks = false;
-  i64 shared_tokens = 0;         // tokens of a sharing unit, which is whole blocks (shared_unit()); 0: one block
+  i64 shared_tokens = 0;  // tokens of a sharing unit, which is whole blocks (shared_unit()); 0: one block
 };
 
 // Returns the granularity in tokens at which the group shares content and at which its window releases blocks.
 inline i64 unit_tokens(const GroupGeometry& group) { return std::max(group.shared_tokens, group.block_tokens); }
 
-// Of the first `tokens` tokens of the group: how many lie in front of all bytes that later tokens may write, and how many
-// are moved with them. Both are `tokens` where tokens lie one after the other.
+// Of the first `tokens` tokens of the group: how many lie in front of all bytes that later tokens may write, and how
+// many are moved with them. Both are `tokens` where tokens lie one after the other.
 inline i64 settled_tokens(const GroupGeometry& group, i64 tokens) {
   return group.whole_blocks ? tokens / group.block_tokens * group.block_tokens : tokens;
 }
