@@ -7,11 +7,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conformance import *  # noqa: F403 - the tests
 from conformance_memory import *  # noqa: F403
 from conformance_prefix import *  # noqa: F403
+from contents import places, write_slots
 from lockstep import Lockstep
 from support import SIZES, hybrid_windows, make_allocator, plain
 
@@ -91,3 +93,30 @@ def test_part_of_a_block_is_copied_as_the_whole(order: str, size: str, backend: 
         pair.agree()
         pair.free([twin])
         pair.contents_agree()
+
+
+def test_a_follower_copies_the_same_blocks(backend: str, rng: random.Random) -> None:
+    """Another allocator that is given the ops holds the same bytes, whatever part of a block was shared."""
+    blocks = plain(rng.choice([5, 16, 96])).with_blocks(rng.choice(["heads", "joined"]))
+    options = {"page_bytes": 4096, "interleave": 1, "record_ops": True, "max_sequences": 12}
+    leader, follower = (make_allocator(blocks, backend, **options) for _ in range(2))
+    size, seqs = blocks.block_size, [leader.sequence()]
+    for writer in range(24):
+        seq = rng.choice(seqs)
+        seq.extend(n := rng.randint(1, 9))
+        follower.apply(leader.take_ops())
+        slots, positions = leader.batch([seq]).slot_mapping, np.arange(seq.num_tokens - n, seq.num_tokens)
+        for alloc in (leader, follower):
+            write_slots(alloc, 0, slots, np.full(n, writer + 1), positions)
+        seq.commit(count=n)
+        if writer % 3 == 0 and len(seqs) < 9:
+            seqs.append(seq.fork())
+        elif writer % 3 == 1:
+            seq.truncate(rng.randint(0, seq.num_tokens))
+        follower.apply(leader.take_ops())
+        for one in (one for one in seqs if one.num_tokens):
+            (ids,), tokens = leader.batch([one]).block_table.long(), one.num_tokens
+            for layer, name in places(blocks, 0):
+                mine, other = (a.tensor(layer, name)[ids[: -(-tokens // size)]] for a in (leader, follower))
+                assert torch.equal(mine.flatten(0, 1)[:tokens], other.flatten(0, 1)[:tokens])
+    assert leader.check() == follower.check() == []

@@ -60,7 +60,9 @@ def test_another_process_finds_what_one_has_written(name: str, backend: str, see
             assert world.run(text, salt="other", load="all") == 0
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.core] * (name in ("window", "state"))) for name in sorted(SPECS)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.core] * (name in ("window", "state"))) for name in sorted(SPECS)]
+)
 def test_a_rank_that_follows_the_ops_holds_the_same_bytes(name: str, backend: str, seed: int) -> None:
     rng = random.Random(seed)
     world = Ranks(name, backend, host_blocks=6)
