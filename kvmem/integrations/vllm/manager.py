@@ -94,6 +94,9 @@ class BlockManager:
 
     num_kv_cache_groups = 1
     mamba_shared_prefix_checkpoint = False
+    empty_kv_cache_blocks: Any
+    block_pool: BlockPool
+    coordinator: Coordinator
 
     def __init__(
         self,
@@ -422,6 +425,7 @@ class Coordinator:
     """The part of vLLM's coordinator that its scheduler and its engine use."""
 
     enable_partial_hash_hits = False
+    single_type_managers: tuple[_Group, ...]
 
     def __init__(self, manager: BlockManager, groups: tuple[_Group, ...]) -> None:
         self._manager, self.single_type_managers = manager, groups

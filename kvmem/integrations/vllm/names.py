@@ -12,11 +12,11 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 from kvmem.errors import SpecError
 
-__all__ = ["SCHEDULER", "VERSION", "called_on", "check_names", "missing_arguments", "missing_names", "vllm_version"]
+__all__ = ["SCHEDULER", "VERSION", "called_on", "check_names", "missing_arguments", "missing_names", "offers", "vllm_version"]
 
 #: The version that the tests run, and the command that installs it on a machine without a GPU.
 VERSION = "0.32.0"
@@ -91,6 +91,17 @@ def _is_of_self(node: ast.AST, attribute: str) -> bool:
         and isinstance(node.value, ast.Name)
         and node.value.id == "self"
     )
+
+
+def offers(owner: type, name: str) -> bool:
+    """Return whether objects of ``owner`` have ``name``, "name" or "name.name": as an attribute of the class, or one that
+    its annotations declare.
+    """
+    first, _, rest = name.partition(".")
+    kind = get_type_hints(owner).get(first)
+    if not hasattr(owner, first) and kind is None:
+        return False
+    return not rest or kind in (None, Any) or offers(kind, rest)
 
 
 def missing_arguments(theirs: Any, ours: Any) -> list[str]:

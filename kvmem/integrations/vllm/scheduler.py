@@ -104,17 +104,11 @@ def _refuse(vllm_config: Any, kv_cache_config: Any) -> None:
 
 
 def _check() -> None:
-    used = names.called_on(Scheduler, "kv_cache_manager")
-    stands_in = BlockManager.__new__(BlockManager)  # for its names only
-    lacking = {name for name in used if not _has(stands_in, name)}
-    for method in ("allocate_slots", "get_computed_blocks", "free", "cache_blocks"):
+    lacking = {name for name in names.called_on(Scheduler, "kv_cache_manager") if not names.offers(BlockManager, name)}
+    for method in ("allocate_slots", "get_computed_blocks", "free", "cache_blocks", "remove_skipped_blocks"):
         arguments = names.missing_arguments(getattr(KVCacheManager, method), getattr(BlockManager, method))
-        lacking |= {f"{method}({name}=)" for name in arguments}
+        lacking |= {f"{method}({argument}=)" for argument in arguments}
     names.check_names("KvmemScheduler", names.SCHEDULER, unknown=lacking)
-
-
-def _has(manager: BlockManager, name: str) -> bool:
-    return True
 
 
 _check()
