@@ -127,12 +127,13 @@ class BlockManager:
         self._ahead = ahead and window_tokens is None
         self._publishes = prefix_cache or window_tokens is not None
         self._pool_blocks = num_blocks - RESERVED_BLOCKS
+        self._backed = RESERVED_BLOCKS if window_tokens is not None else 0  # tables without a window never name them
         self._block_bytes = _page_bytes(block_size)
         allocator = Allocator(
             _spec_of_pages(block_size, self._block_bytes, window_tokens),
             backend="paged",
             device="meta",
-            memory=self._pool_blocks * self._block_bytes,
+            memory=(self._pool_blocks + self._backed) * self._block_bytes,
             page_bytes=self._block_bytes,
             max_sequences=max_requests,
             max_tokens=_round_up(max_model_len, block_size),
@@ -142,12 +143,22 @@ class BlockManager:
             record_ops=releases,
         )
         self.allocator, self._cache = allocator, SchedulerCache(allocator)
+        self._back_pool()
         self._held: dict[str, Held] = {}
         self._waiting: dict[str, np.ndarray[Any, np.dtype[np.int32]]] = {}  # token ids of requests that were looked up
         self.empty_kv_cache_blocks = foreign.wrap(((),))
         self.prefix_cache_stats = foreign.stats() if log_stats else None
         self.block_pool = BlockPool(self)
         self.coordinator = Coordinator(self, (_Group(block_size, group_spec),))
+
+    def _back_pool(self) -> None:
+        """Take every block once, so that no later step pays for backing it."""
+        most, left, all_blocks = self.allocator.max_tokens // self.block_size, self._pool_blocks, []
+        while left > 0 and len(all_blocks) < self.allocator.max_sequences:
+            all_blocks.append(self.allocator.sequence())
+            all_blocks[-1].extend(min(most, left) * self.block_size)
+            left -= most
+        self.allocator.free_batch(np.array([sequence.id for sequence in all_blocks], np.int32))
 
     # --- prefixes ---
 
@@ -218,11 +229,10 @@ class BlockManager:
         held = self._held.get(request.request_id)
         tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
         if held is not None:
-            if tokens <= held.room:
-                if num_new_tokens > 1 and self._ahead and not delay_cache_blocks:
-                    self._publish(held, request, request.num_computed_tokens + num_new_tokens)
-                return self.empty_kv_cache_blocks
-            return self._grow(held, request, tokens, tokens - num_lookahead_tokens)
+            added = self.empty_kv_cache_blocks if tokens <= held.room else self._grow(held, request, tokens)
+            if num_new_tokens > 1 and self._ahead and added is not None:
+                self._publish(held, request, request.num_computed_tokens + num_new_tokens)
+            return added
         hits = num_new_computed_tokens
         tokens += hits + num_external_computed_tokens
         headroom = reserved_blocks + (self.watermark_blocks if has_scheduled_reqs else 0)
@@ -256,31 +266,27 @@ class BlockManager:
         self._waiting.pop(request.request_id, None)
         return held
 
-    def _grow(self, held: Held, request: Request, tokens: int, computed: int) -> Any:
-        """Give the request room for ``tokens``. ``computed``: how many it will have computed after this step."""
+    def _grow(self, held: Held, request: Request, tokens: int) -> Any:
+        """Publish what the request has computed, and give it room for ``tokens``."""
         cache, room, size = self._cache, held.room, self.block_size
         end = _round_up(min(tokens, self.max_model_len), size)
         if end <= room:
             return self.empty_kv_cache_blocks
         valid = request.num_computed_tokens - request.num_in_flight_tokens
-        if self._publishes and valid >= room:
+        full = self._publishes and valid >= room
+        if full:
             ids = request.all_token_ids[held.committed : room] if held.has_ids else None
             changes = cache.step(held, end - room, ids)
-            if changes is None:
-                return None
-            held.committed = room
         else:
             self._publish(held, request, valid)
             changes = cache.allocate(held, end - room)
-            if changes is None:
-                return None
+        if changes is None:
+            return None
+        if full:
+            held.committed = room
         held.room = end
-        added = changes.blocks.tolist()
-        if self._window is not None:
-            added = self._note_dropped(held, changes)
+        added = changes.blocks.tolist() if self._window is None else self._note_dropped(held, changes)
         held.blocks += added
-        if self._ahead and computed - valid > 1:
-            self._publish(held, request, computed)
         return self._blocks(added)
 
     def _publish(self, held: Held, request: Request, tokens: int) -> None:
@@ -352,12 +358,13 @@ class BlockManager:
     @property
     def free_blocks(self) -> int:
         """Blocks that no request uses, cached ones included. Cost: linear in the requests."""
-        return self._pool_blocks - self._cache.allocator.core.stats().held_bytes // self._block_bytes
+        held = self.allocator.core.stats().held_bytes // self._block_bytes
+        return self._pool_blocks + self._backed - held
 
     @property
     def usage(self) -> float:
         """The part of the pool that requests hold, 0 to 1."""
-        return 1.0 - self.free_blocks / self._pool_blocks
+        return (self._pool_blocks - self.free_blocks) / self._pool_blocks
 
     def make_prefix_cache_stats(self) -> Any:
         if not self.log_stats:
