@@ -20,13 +20,14 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvmem.integrations.vllm.scheduler import KvmemScheduler
 
-__all__ = ["SCHEDULERS", "Sizes", "advance", "make_request", "open_scheduler"]
+__all__ = ["ABORTED", "SCHEDULERS", "Sizes", "advance", "make_request", "open_scheduler"]
 
+ABORTED = RequestStatus.FINISHED_ABORTED
 SCHEDULERS: dict[str, Callable[..., Any]] = {"stock": Scheduler, "kvmem": KvmemScheduler}
 _MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
@@ -98,9 +99,9 @@ def make_request(name: str, prompt: Sequence[int], max_tokens: int, *, block_siz
     return Request(name, list(prompt), sampling, None, block_hasher=_HASHER[block_size], **fields)
 
 
-def advance(scheduler: Any, output: Any, sample: Callable[[str, int], int]) -> None:
+def advance(scheduler: Any, output: Any, sample: Callable[[str, int], int]) -> Any:
     """Give the scheduler the tokens of a step: ``sample(name, computed)`` for each request whose tokens are all
-    computed, which are ``computed`` many.
+    computed, which are ``computed`` many. Return the scheduler's statistics of the step.
     """
     names = list(output.num_scheduled_tokens)
     tokens: list[list[int]] = []
@@ -108,6 +109,6 @@ def advance(scheduler: Any, output: Any, sample: Callable[[str, int], int]) -> N
         request = scheduler.requests[name]  # counts this step's tokens already
         done = request.num_computed_tokens
         tokens.append([sample(name, done)] if done >= request.num_tokens else [])
-    scheduler.update_from_output(
-        output, ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled_token_ids=tokens)
-    )
+    made = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled_token_ids=tokens)
+    clients = scheduler.update_from_output(output, made)
+    return next(client.scheduler_stats for client in clients.values() if client.scheduler_stats is not None)
