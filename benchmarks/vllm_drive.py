@@ -25,7 +25,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvmem.integrations.vllm.scheduler import KvmemScheduler
 
-__all__ = ["ABORTED", "SCHEDULERS", "Sizes", "advance", "make_request", "open_scheduler"]
+__all__ = ["ABORTED", "SCHEDULERS", "Sizes", "make_request", "open_scheduler", "prepare"]
 
 ABORTED = RequestStatus.FINISHED_ABORTED
 SCHEDULERS: dict[str, Callable[..., Any]] = {"stock": Scheduler, "kvmem": KvmemScheduler}
@@ -99,9 +99,10 @@ def make_request(name: str, prompt: Sequence[int], max_tokens: int, *, block_siz
     return Request(name, list(prompt), sampling, None, block_hasher=_HASHER[block_size], **fields)
 
 
-def advance(scheduler: Any, output: Any, sample: Callable[[str, int], int]) -> Any:
-    """Give the scheduler the tokens of a step: ``sample(name, computed)`` for each request whose tokens are all
-    computed, which are ``computed`` many. Return the scheduler's statistics of the step.
+def prepare(scheduler: Any, output: Any, sample: Callable[[str, int], int]) -> Callable[[], Any]:
+    """Return the call that gives the scheduler the tokens of a step, and returns its statistics.
+
+    The tokens: ``sample(name, computed)`` for each request whose tokens are all computed, which are ``computed`` many.
     """
     names = list(output.num_scheduled_tokens)
     tokens: list[list[int]] = []
@@ -110,5 +111,9 @@ def advance(scheduler: Any, output: Any, sample: Callable[[str, int], int]) -> A
         done = request.num_computed_tokens
         tokens.append([sample(name, done)] if done >= request.num_tokens else [])
     made = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled_token_ids=tokens)
-    clients = scheduler.update_from_output(output, made)
-    return next(client.scheduler_stats for client in clients.values() if client.scheduler_stats is not None)
+
+    def update() -> Any:
+        clients = scheduler.update_from_output(output, made)
+        return next(client.scheduler_stats for client in clients.values() if client.scheduler_stats is not None)
+
+    return update

@@ -14,6 +14,7 @@ writes K and V in the order of the steps and nothing takes the chunk back (``ahe
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvmem import Allocator, CacheSpec, Component, Group, SchedulerCache, SpecError, TableChanges
+from kvmem.allocator.prefix import Tokens
 
 __all__ = ["BlockManager", "Foreign", "Held", "Request"]
 
@@ -63,14 +65,24 @@ class Held:
     blocks of its first life are given back.
     """
 
-    __slots__ = ("blocks", "committed", "hit_tokens", "has_ids", "room")
+    __slots__ = ("blocks", "committed", "prompt", "room")
 
-    def __init__(self, has_ids: bool) -> None:
+    def __init__(self, prompt: _Prompt, room: int, committed: int) -> None:
+        self.prompt = prompt
         self.blocks: list[int] = []  # as the worker has them; 0 where a window has dropped one
-        self.room = 0  # tokens, whole blocks
-        self.committed = 0  # tokens
-        self.hit_tokens = 0
-        self.has_ids = has_ids
+        self.room = room  # tokens, whole blocks
+        self.committed = committed  # tokens
+
+
+class _Prompt:
+    """The tokens of a request when it was last looked at, and what its KV depends on beside them."""
+
+    __slots__ = ("ids", "keys")
+
+    def __init__(self, request: Request) -> None:
+        #: None for a request whose prompt is embeddings: it shares nothing.
+        self.ids = array("i", request.all_token_ids[:]) if request.prompt_embeds is None else None
+        self.keys = _keys(request)
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ class BlockManager:
         self.allocator, self._cache = allocator, SchedulerCache(allocator)
         self._back_pool()
         self._held: dict[str, Held] = {}
-        self._waiting: dict[str, np.ndarray[Any, np.dtype[np.int32]]] = {}  # token ids of requests that were looked up
+        self._waiting: dict[str, _Prompt] = {}  # by request that was looked at and holds no blocks yet
         self.empty_kv_cache_blocks = foreign.wrap(((),))
         self.prefix_cache_stats = foreign.stats() if log_stats else None
         self.block_pool = BlockPool(self)
@@ -167,12 +179,17 @@ class BlockManager:
 
         Only asks: ``allocate_slots`` takes the blocks.
         """
-        if not self.enable_caching or request.skip_reading_prefix_cache or not _has_ids(request):
+        if not self.enable_caching or request.skip_reading_prefix_cache:
             return self.empty_kv_cache_blocks, 0, 0
-        tokens = self._waiting.get(request.request_id)
-        if tokens is None or len(tokens) != request.num_tokens:
-            tokens = self._waiting[request.request_id] = np.array(request.all_token_ids, np.int32)
-        return self.empty_kv_cache_blocks, self._cache.matched_tokens(tokens, **_keys(request)), 0
+        prompt = self._prompt_of(request)
+        hits = 0 if prompt.ids is None else self._cache.matched_tokens(prompt.ids, **prompt.keys)
+        return self.empty_kv_cache_blocks, hits, 0
+
+    def _prompt_of(self, request: Request) -> _Prompt:
+        prompt = self._waiting.get(request.request_id)
+        if prompt is None or (prompt.ids is not None and len(prompt.ids) != request.num_tokens):
+            prompt = self._waiting[request.request_id] = _Prompt(request)
+        return prompt
 
     def get_computed_blocks_for_connector(self, request: Request) -> tuple[Any, int, int, bool]:
         return *self.get_computed_blocks(request), False
@@ -190,8 +207,9 @@ class BlockManager:
     def estimate_cached_tokens(self, request: Request) -> int:
         """Return how many of the request's tokens others would find."""
         held = self._held.get(request.request_id)
-        published = held is not None and self.enable_caching and held.has_ids
-        return held.committed // self.block_size * self.block_size if held is not None and published else 0
+        if held is None or not self.enable_caching or held.prompt.ids is None:
+            return 0
+        return held.committed // self.block_size * self.block_size
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Nothing to do: blocks that a connector failed to load were never published (``cache_blocks``)."""
@@ -251,19 +269,20 @@ class BlockManager:
         size, cache = self.block_size, self._cache
         end = _round_up(min(tokens, self.max_model_len), size)
         most = max(end, _round_up(min(least, self.max_model_len), size))
-        held = Held(_has_ids(request))
-        prompt = request.all_token_ids[: hits + 1] if held.has_ids else None
-        if cache.allocate(held, most - hits, tokens=prompt, **_keys(request)) is None:
+        prompt = self._prompt_of(request)
+        held = Held(prompt, end, hits)
+        tokens_of_hits = None if prompt.ids is None else prompt.ids[: hits + 1]
+        changes = cache.allocate(held, most - hits, tokens=tokens_of_hits, **prompt.keys)
+        if changes is None:
             return None
-        if cache.num_cached_tokens(held) != hits or headroom > self.free_blocks:
-            cache.free(held)  # the hit was evicted since it was told: the scheduler asks again in the next step
+        if cache.num_cached_tokens(held) != hits or (headroom > 0 and headroom > self.free_blocks):
+            cache.free(held)  # what was told to be cached is gone, or too little is left: asked again in the next step
             return None
         if most > end:  # it would have fitted: what it does not need yet goes back
             cache.truncate(held, end)
-        held.blocks = cache.block_ids(held).tolist()
-        held.room, held.committed, held.hit_tokens = end, hits, hits
+        held.blocks = changes.blocks[: end // size].tolist()
         self._held[request.request_id] = held
-        self._waiting.pop(request.request_id, None)
+        del self._waiting[request.request_id]
         return held
 
     def _grow(self, held: Held, request: Request, tokens: int) -> Any:
@@ -275,8 +294,7 @@ class BlockManager:
         valid = request.num_computed_tokens - request.num_in_flight_tokens
         full = self._publishes and valid >= room
         if full:
-            ids = request.all_token_ids[held.committed : room] if held.has_ids else None
-            changes = cache.step(held, end - room, ids)
+            changes = cache.step(held, end - room, _ids(held, request, room))
         else:
             self._publish(held, request, valid)
             changes = cache.allocate(held, end - room)
@@ -295,10 +313,8 @@ class BlockManager:
         tokens -= tokens % self.block_size
         if tokens <= held.committed or not self._publishes:
             return
-        if held.has_ids:
-            changes = self._cache.publish(held, request.all_token_ids[held.committed : tokens])
-        else:
-            changes = self._cache.publish(held, count=tokens - held.committed)
+        ids = _ids(held, request, tokens)
+        changes = self._cache.publish(held, ids, count=tokens - held.committed if ids is None else None)
         held.committed = tokens
         if len(changes) > 0:
             self._note_dropped(held, changes)
@@ -460,8 +476,12 @@ def _spec_of_pages(block_size: int, block_bytes: int, window_tokens: int | None)
     return CacheSpec((Group("layers", (token,), (0,), window_tokens=window_tokens),), block_size=block_size)
 
 
-def _has_ids(request: Request) -> bool:
-    return request.prompt_embeds is None
+def _ids(held: Held, request: Request, end: int) -> Tokens | None:
+    """Return the ids of the tokens that the request has not published yet, up to ``end``."""
+    if held.prompt.ids is None:
+        return None
+    ids = held.prompt.ids if end <= len(held.prompt.ids) else request.all_token_ids
+    return ids[held.committed : end]  # type: ignore[return-value]  # a list of what vLLM calls a ConstantList
 
 
 def _keys(request: Request) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from support_vllm_scheduler import VOCABULARY, Worker, expected, run_step
 from kvmem import SpecError
 from kvmem.integrations.vllm import names
 
-pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm` installs it in a folder of its own")
+pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: `make test-vllm` installs it in a folder of its own")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from benchmarks import vllm_drive as drive
@@ -49,7 +49,7 @@ class Run:
     def step(self) -> None:
         output = self.scheduler.schedule()
         tokens = run_step(self.worker, output, self.scheduler.requests)
-        stats = drive.advance(self.scheduler, output, lambda name, _: tokens[name])
+        stats = drive.prepare(self.scheduler, output, lambda name, _: tokens[name])()
         self.hits, self.queries = self.hits + stats.prefix_cache_stats.hits, self.queries + stats.prefix_cache_stats.queries
         self.preemptions += len(output.preempted_req_ids or ())
         for name, request in self.requests.items():
