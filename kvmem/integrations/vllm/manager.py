@@ -125,7 +125,6 @@ class BlockManager:
         policy: str = "density",
         ahead: bool = True,
         group_spec: Any = None,
-        releases: bool = False,
     ) -> None:
         if num_blocks <= RESERVED_BLOCKS:
             raise SpecError(
@@ -152,8 +151,8 @@ class BlockManager:
             prefix_cache=prefix_cache,
             append_only=True,
             policy=policy,
-            record_ops=releases,
         )
+        self._tells_freed = False
         self.allocator, self._cache = allocator, SchedulerCache(allocator)
         self._back_pool()
         self._held: dict[str, Held] = {}
@@ -352,6 +351,27 @@ class BlockManager:
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Nothing to do: a window drops its blocks when tokens are published."""
+
+    def take_freed_blocks(self) -> list[int]:
+        """Return the blocks, ascending, that neither a request nor cached content has used since the last call, and that
+        one had used before: their memory can be given back to the system.
+
+        The first call returns none and begins to count, which makes later steps slower: a block is taken from the pool
+        of pages again each time. Cost: linear in the pool.
+        """
+        core, freed = self.allocator.core, set[int]()
+        stats = core.stats()
+        self.allocator.trim(stats.parked_bytes - stats.cached_bytes)  # a block is a page: those without content
+        if not self._tells_freed:
+            self._tells_freed = True
+            core.record()
+            return []
+        for kind, _, slot, _, count, _ in core.take_ops():
+            if kind == "unmap":
+                freed.update(range(slot, slot + count))
+            elif kind == "map":
+                freed.difference_update(range(slot, slot + count))
+        return sorted(freed)
 
     # --- what the scheduler asks ---
 

@@ -190,6 +190,35 @@ def test_loads_of_a_connector_are_published_when_it_says_so() -> None:
     assert len(manager.get_block_ids("a")[0]) == 3
 
 
+@pytest.mark.parametrize("case", ["small pool", "no prefix cache", "window"])
+def test_memory_of_freed_blocks_can_be_given_back(case: str, seed: int) -> None:
+    """The worker forgets what it is told: tokens stay right, and it keeps what requests and cached content use."""
+    draw, options = random.Random(f"{seed} {case}"), CASES[case]
+    manager = open_manager(**options)
+    assert manager.take_freed_blocks() == []
+    worker = Worker(SIZE, options.get("window_tokens"))
+    scheduler = StubScheduler(manager, worker, budget=64)
+    texts = [[draw.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
+    prompts, most, turn = dict[str, list[int]](), 0, 0
+    while turn < 60 or scheduler.running or scheduler.waiting:
+        if turn < 60 and draw.random() < 0.5:
+            request = draw_request(draw, f"request {turn}", texts)
+            prompts[request.request_id] = list(request.all_token_ids)
+            scheduler.waiting.append(request)
+        for request in scheduler.step():
+            assert request.output == expected(prompts[request.request_id], request.max_tokens, worker.window)
+        freed = set(manager.take_freed_blocks())
+        assert not freed & {block for name in list(manager._held) for block in manager.get_block_ids(name)[0]}
+        worker.memory = {at: value for at, value in worker.memory.items() if at[0] not in freed}
+        resident = len({block for block, _ in worker.memory})
+        stats = manager.allocator.stats()
+        assert resident * manager._block_bytes <= stats.held_bytes + stats.cached_bytes
+        most, turn = max(most, resident), turn + 1
+    assert manager.reset_prefix_cache()
+    left = {block for block, _ in worker.memory} - set(manager.take_freed_blocks())
+    assert left == set() and most > 5 and manager.allocator.check() == []
+
+
 @pytest.mark.parametrize("num_blocks", [0, 1, 2])
 def test_a_pool_without_a_block(num_blocks: int) -> None:
     with pytest.raises(SpecError, match=f"has {num_blocks} blocks, of which kvmem reserves 2"):
