@@ -16,7 +16,16 @@ from typing import Any, get_type_hints
 
 from kvmem.errors import SpecError
 
-__all__ = ["SCHEDULER", "VERSION", "called_on", "check_names", "missing_arguments", "missing_names", "offers", "vllm_version"]
+__all__ = [
+    "SCHEDULER",
+    "VERSION",
+    "called_on",
+    "check_names",
+    "missing_arguments",
+    "missing_names",
+    "offers",
+    "vllm_version",
+]
 
 #: The version that the tests run, and the command that installs it on a machine without a GPU.
 VERSION = "0.32.0"
@@ -66,7 +75,7 @@ def _has(name: str) -> bool:
 
 
 def called_on(owner: type, attribute: str) -> set[str]:
-    """Return the names that the methods of ``owner``, a class, read from ``self.<attribute>``, as "name" or "name.name".
+    """Return the names that the methods of ``owner`` read from ``self.<attribute>``, as "name" or "name.name".
 
     From the source, so that a name which a newer version has begun to use is found before it is called.
     """
@@ -94,8 +103,8 @@ def _is_of_self(node: ast.AST, attribute: str) -> bool:
 
 
 def offers(owner: type, name: str) -> bool:
-    """Return whether objects of ``owner`` have ``name``, "name" or "name.name": as an attribute of the class, or one that
-    its annotations declare.
+    """Return whether objects of ``owner`` have ``name``, "name" or "name.name": as an attribute of the class, or one
+    that its annotations declare.
     """
     first, _, rest = name.partition(".")
     kind = get_type_hints(owner).get(first)
@@ -105,7 +114,7 @@ def offers(owner: type, name: str) -> bool:
 
 
 def missing_arguments(theirs: Any, ours: Any) -> list[str]:
-    """Return the arguments of ``theirs``, a function of vLLM's, that ``ours``, which stands in for it, does not take."""
+    """Return the arguments of ``theirs``, a function of vLLM's, that ``ours``, in its place, does not take."""
     return [name for name in inspect.signature(theirs).parameters if name not in inspect.signature(ours).parameters]
 
 

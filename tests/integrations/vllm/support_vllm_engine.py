@@ -12,7 +12,9 @@ from typing import Any
 CHILD = Path(__file__).parent / "engine_child.py"
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "2",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+    # One thread: threads that spin at a barrier wait for ever on cores that others use too.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 
 
@@ -24,8 +26,12 @@ def save_model(folder: Path) -> Any:
 
     smollm2 = load_language_model("smollm2")
     config = smollm2.model.config.to_dict()
-    config.pop("quantization_config", None)  # the weights are float32 again; save_pretrained() refuses them all the same
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}, default=str))
+    config.pop(
+        "quantization_config", None
+    )  # the weights are float32 again; save_pretrained() refuses them all the same
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}, default=str)
+    )
     weights = smollm2.model.state_dict()
     if config["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
