@@ -161,8 +161,8 @@ class SchedulerCache:
 
         Return the table entries that changed, mostly none. If an equal block was cached already, the request now reads
         that block, and its own becomes free (paged, unless ``append_only``); entries of blocks that are out of window
-        become 0. Apply the changes to copies of the tables before the next step. ``SpecError`` for more tokens than there
-        is room for.
+        become 0. Apply the changes to copies of the tables before the next step. ``SpecError`` for more tokens than
+        there is room for.
 
         tokens: the ids. count: how many tokens, if their ids are unknown; then neither these nor later ones of this
         request can be found.

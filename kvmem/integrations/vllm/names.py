@@ -12,7 +12,7 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from kvmem.errors import SpecError
 
@@ -110,7 +110,7 @@ def offers(owner: type, name: str) -> bool:
     kind = get_type_hints(owner).get(first)
     if not hasattr(owner, first) and kind is None:
         return False
-    return not rest or kind in (None, Any) or offers(kind, rest)
+    return not rest or kind in (None, Any) or offers(get_origin(kind) or kind, rest)
 
 
 def missing_arguments(theirs: Any, ours: Any) -> list[str]:
