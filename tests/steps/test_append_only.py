@@ -6,6 +6,7 @@ anything, finds in every live table what was written for exactly these tokens: s
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -181,6 +182,28 @@ def test_a_block_that_is_cached_already_is_kept(backend: str) -> None:
         assert cache.block_ids("c").tolist()[:2] == cache.block_ids("a").tolist()[:2]
     cache.free_all(["a", "b", "c"])
     assert cache.allocator.stats().cached_blocks == 3 and cache.allocator.check() == []
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_who_computed_the_same_offers_its_blocks_when_the_first_ends(others: int) -> None:
+    """Or the first one's would be kept beside them, and could not be evicted while they live."""
+    cache = SchedulerCache(open_allocator("paged", append_only=True))
+    same, names = prompt(1, 2), [f"request {i}" for i in range(1 + others)]
+    texts = {name: np.concatenate([same, prompt(3 + i)]) for i, name in enumerate(names)}
+    for name, tokens in texts.items():
+        cache.allocate(name, tokens=tokens)
+    for name, tokens in texts.items():  # so none finds another
+        cache.publish(name, tokens)
+    tables = {name: cache.block_ids(name).tolist() for name in names}
+    for first, second in itertools.pairwise(names):
+        cache.free(first)
+        assert cache.allocator.check() == [] and cache.block_ids(second).tolist() == tables[second]
+        assert cache.allocator.stats().cached_blocks == int(first.split()[1]) + 1  # only what the others did not compute
+        cache.allocate("new", tokens=prompt(1, 2, 9))
+        assert cache.block_ids("new").tolist()[:2] == tables[second][:2]
+        cache.free("new")
+    cache.free(names[-1])
+    assert cache.allocator.stats().cached_blocks == 2 + len(names) and cache.allocator.check() == []
 
 
 def test_a_request_alone_never_needs_room_for_a_second_copy() -> None:
