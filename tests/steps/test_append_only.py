@@ -33,13 +33,18 @@ SHAPES = {"full": [kv(0)], "full and window": [kv(0), kv(1, 6)], "window": [kv(0
 class Worker:
     """Requests that grow over kvmem, tables that are appended to, and what was written where."""
 
-    def __init__(self, shape: str, backend: str, draw: random.Random, *, debug: bool = False) -> None:
+    def __init__(self, shape: str, backend: str, draw: random.Random, **options: Any) -> None:
         spec = CacheSpec(tuple(SHAPES[shape]), block_size=BLOCK)
         pages = draw.choice([10, 16, 40]) * len(SHAPES[shape])
-        allocator = Allocator(
-            spec, backend=backend, device="meta", memory=pages * 4096, page_bytes=4096, max_sequences=4, max_tokens=48,
-            append_only=True, policy=draw.choice(["lru", "density"]), debug=debug,
-        )  # fmt: skip
+        policy = draw.choice(["lru", "density"])
+
+        def make(**more: Any) -> Allocator:
+            return Allocator(
+                spec, backend=backend, device="meta", memory=pages * 4096, page_bytes=4096, max_sequences=4, max_tokens=48,
+                append_only=True, policy=policy, **more,
+            )  # fmt: skip
+
+        allocator, self.make = make(**options), make
         self.allocator, self.cache, self.draw = allocator, SchedulerCache(allocator), draw
         self.writes = backend == "paged"  # virtual: pages of several rows are one, which ids do not show
         self.tables: dict[int, list[list[int]]] = {}
@@ -184,6 +189,21 @@ def test_a_block_that_is_cached_already_is_kept(backend: str) -> None:
     assert cache.allocator.stats().cached_blocks == 3 and cache.allocator.check() == []
 
 
+def test_ranks_that_follow_have_the_same_tables(backend: str, seed: int) -> None:
+    for run in range(10):
+        worker = Worker("full and window", backend, random.Random(f"{seed} {run}"), record_ops=True)
+        follower = worker.make()
+        for _ in range(40):
+            worker.act()
+            follower.apply(worker.allocator.take_ops())
+            for name in worker.tables:
+                handle = worker.cache.sequence(name).id
+                for g in range(2):
+                    mine, theirs = (one.core.table(handle, g) for one in (worker.allocator, follower))
+                    assert (mine is None and theirs is None) or mine.blocks.tolist() == theirs.blocks.tolist()
+        assert follower.check() == []
+
+
 @pytest.mark.parametrize("others", [1, 2])
 def test_who_computed_the_same_offers_its_blocks_when_the_first_ends(others: int) -> None:
     """Or the first one's would be kept beside them, and could not be evicted while they live."""
@@ -198,7 +218,8 @@ def test_who_computed_the_same_offers_its_blocks_when_the_first_ends(others: int
     for first, second in itertools.pairwise(names):
         cache.free(first)
         assert cache.allocator.check() == [] and cache.block_ids(second).tolist() == tables[second]
-        assert cache.allocator.stats().cached_blocks == int(first.split()[1]) + 1  # only what the others did not compute
+        ended = int(first.split()[1]) + 1
+        assert cache.allocator.stats().cached_blocks == ended, "only what the others did not compute"
         cache.allocate("new", tokens=prompt(1, 2, 9))
         assert cache.block_ids("new").tolist()[:2] == tables[second][:2]
         cache.free("new")
