@@ -267,7 +267,7 @@ def hit_tables(rows: Sequence[Row], setup: Mapping[str, Any]) -> Iterator[Table]
 )
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Below 1: fewer requests and steps.")
 @click.option(
-    "--requests", type=click.IntRange(min=0), default=300, show_default=True, help="Of the trace; 0: no trace."
+    "--requests", type=click.IntRange(min=0), default=1000, show_default=True, help="Of the trace; 0: no trace."
 )
 @JSON
 def command(runs: int, scale: float, requests: int, json_path: Path | None) -> None:
@@ -278,7 +278,7 @@ def command(runs: int, scale: float, requests: int, json_path: Path | None) -> N
     setup = {"vllm": vllm_version(), "runs": runs, "trace": EXCERPT.stem, "requests": requests}
     timed = [asdict(row) for case in cases(scale) for row in measure(case, runs)]
     show(console(), time_tables(timed, setup))
-    found = [asdict(row) for row in hits(load_trace(EXCERPT), (0.05, 0.1, 0.2), requests)] if requests else []
+    found = [asdict(row) for row in hits(load_trace(EXCERPT), (0.05, 0.1, 0.2, 0.4), requests)] if requests else []
     show(console(), hit_tables(found, setup))
     results = {"vllm_time": timed, "vllm_hits": found}
     write_json(document(["vllm_scheduler", *sys.argv[1:]], setup=setup, results=results), json_path)
