@@ -60,7 +60,8 @@ class Reservation:
         except BaseException:
             _give_back(driver, self._base, self._bytes, page)
             raise
-        view = type("_Bytes", (ctypes.c_byte * size_bytes,), {}).from_address(self._base)
+        kind: Any = type("_Bytes", (ctypes.c_byte * size_bytes,), {})  # a class of its own: finalize needs a weakref
+        view = kind.from_address(self._base)
         # Not at exit: threads may still use the tensor then, and the system takes all back anyway.
         finalize(view, _give_back, driver, self._base, self._bytes, page).atexit = False
         self.tensor = torch.frombuffer(view, dtype=torch.int8)
@@ -138,7 +139,7 @@ class LazyMemory(TorchFunctionMode):
         return self._memory.tensor
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if kind is None and self._memory is None:
             raise DeviceError(
                 "vLLM made its KV cache without torch.zeros(bytes, dtype=torch.int8), so kvmem's memory is not under "
