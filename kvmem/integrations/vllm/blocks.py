@@ -48,11 +48,14 @@ class Load:
 
 @dataclass
 class Step:
-    """What the scheduler's half tells the workers, once a step. released: blocks whose memory is not needed."""
+    """What the scheduler's half tells the workers, once a step. released: blocks whose memory is not needed. waits: a
+    request waits for the answer of a shared tier.
+    """
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Block] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
+    waits: bool = False
 
 
 @dataclass

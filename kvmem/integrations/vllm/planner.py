@@ -123,6 +123,7 @@ class Planner:
                 state.late = self._clock() + self._deadline
                 state.look = self._background.submit(lambda: self._ask(state.chain, computed, limit))
             if not state.look.done() and self._clock() < state.late:
+                self._step.waits = True
                 return None, False
             end = self._answer(state, computed, limit)
         found = max(0, end - computed)

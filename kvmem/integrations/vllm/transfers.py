@@ -28,7 +28,7 @@ from kvmem.tiers.host import HostTier
 __all__ = ["Transfers"]
 
 _PART_BYTES: Final = 16 << 20  # of a load: what one task reads
-_IDLE_SECONDS: Final = 0.005  # that a step without work waits for a load, so that engine and loads share few cores
+_IDLE_SECONDS: Final = 0.005  # that a step without work waits, so that the engine leaves the cores to what it waits for
 
 
 class _Part:
@@ -155,6 +155,8 @@ class Transfers:
             self._saving.append((blocks, sum(s.numel() for _, s in saves), future))
         if idle and self._loads:
             self._wait(self._loads, _IDLE_SECONDS)
+        elif idle and step.waits:
+            time.sleep(_IDLE_SECONDS / 5)
         self._advance()
 
     def _staging_of(self, blocks: Iterable[Block]) -> list[tuple[Block, torch.Tensor]]:

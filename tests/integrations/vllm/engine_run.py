@@ -1,6 +1,6 @@
 """One engine of vLLM in a process of its own: what to run comes as JSON on stdin, what came out goes to the last line.
 
-    {"engine": arguments of LLM, "steps": [["generate", tokens, {...}], ["reset"], ["abort", ...], ["memory"]]}
+{"engine": arguments of LLM, "steps": [["generate", tokens, {...}], ["reset"], ["abort", ...], ["memory"]]}
 """
 
 from __future__ import annotations
