@@ -133,14 +133,13 @@ class World:
 
     def grow(self, request: Request, tokens: int, computed: int) -> bool:
         """Room for so many tokens. Blocks that no query sees any more are block 0, as a window's manager has them."""
-        request.blocks = request.blocks or [[] for _ in self.groups]
+        blocks = request.blocks or [[] for _ in self.groups]
         free = [b.id for b in self.pool if b.ref_cnt == 0]
-        need = sum(-(-tokens // SIZE) - len(ids) for ids in request.blocks)
+        need = sum(-(-tokens // SIZE) - len(ids) for ids in blocks)
         if need > len(free):
-            if not request.running:
-                request.blocks = []
             return False
-        for group, ids in zip(self.groups, request.blocks, strict=True):
+        request.blocks = blocks
+        for group, ids in zip(self.groups, blocks, strict=True):
             while len(ids) < -(-tokens // SIZE):
                 block = 0 if len(ids) < group.first_needed(computed) else free.pop()
                 ids.append(block)
@@ -166,7 +165,7 @@ class World:
                 request.loading = False
                 self.arrived.discard(request.request_id)
                 if request.num_computed_tokens == 0:
-                    self.free(request)
+                    self.free(request)  # the load failed from its first block on
             if request.num_computed_tokens == 0:
                 found, later = self.planner.matched(request, 0)
                 assert self.planner.matched(request, 0)[1] is later or found is None
