@@ -268,7 +268,7 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                               PrefixIndex& index);
 std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
-                                            PrefixIndex& index);
+                                            PrefixIndex& index, bool append_only);
 
 // Nothing could find the continuations of a node without it. A node of which windows have no copy may have
 // continuations with copies, so it is visited too, and it stays among its siblings until the transaction ends.

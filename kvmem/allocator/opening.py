@@ -61,6 +61,7 @@ class OpenedCore:
         zero: Literal["never", "fresh", "always"] = "fresh",
         prefix_cache: bool = True,
         partial_reuse: bool = True,
+        append_only: bool = False,
         policy: str = "density",
         cached_rows: int | None = None,
         events: int = 0,
@@ -79,7 +80,9 @@ class OpenedCore:
         self._settle(interleave, tail_guard_tokens, map_ahead_tokens)
         limit = self._limit_bytes(memory)
         self._lay_out(cached_rows, limit)
-        self._open(zero, limit, _prefix_options(prefix_cache, partial_reuse, policy, events, self._moves(tiers)))
+        self.append_only = check_bool("append_only", append_only)
+        reuse = (prefix_cache, partial_reuse, append_only)
+        self._open(zero, limit, _prefix_options(reuse, policy, events, self._moves(tiers)))
         self._pending: dict[int, Any] = {}  # by handle: sequences that wait for a load
         self._tiering = None if tiers is None else open_tiers(self.core, spec, self._layouts, self.device.type, tiers)
         self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
@@ -189,12 +192,12 @@ class OpenedCore:
         return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})
 
 
-def _prefix_options(
-    prefix_cache: bool, partial_reuse: bool, policy: str, events: int, moves: int
-) -> _core.PrefixOptions:
+def _prefix_options(reuse: tuple[bool, bool, bool], policy: str, events: int, moves: int) -> _core.PrefixOptions:
+    prefix_cache, partial_reuse, append_only = reuse
     return _core.PrefixOptions(
         on=check_bool("prefix_cache", prefix_cache),
-        partial=check_bool("partial_reuse", partial_reuse),
+        partial=check_bool("partial_reuse", partial_reuse) and not append_only,
+        append_only=append_only,
         policy=policy,
         hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer bits in tests of hash collisions
         event_capacity=check_size("events", events, 0, INT32_MAX),

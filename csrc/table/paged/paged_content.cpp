@@ -129,9 +129,15 @@ void PagedTable::publish_part(const Published& p, i64 g, i64 part, i64 ordinal, 
     --*expected;
     blocks_.attach(g, p.node, own, part, false);
     tx.note({OpKind::hold, number, p.node, g, own, part});
+    return;
+  }
+  const bool unread = blocks_[g].info[cached].refs == 0;
+  if (append_only_ && (!unread || blocks_[g].info[own].node != kNoNode)) return;
+  *expected = 0;
+  blocks_.set_fence(g, tx.fence());
+  if (append_only_) {
+    tx.push({OpKind::shift, number, p.node, g, own, cached});
   } else {
-    *expected = 0;
-    blocks_.set_fence(g, tx.fence());
     set_entry(p.index, g, ordinal, cached, tx);
   }
 }
