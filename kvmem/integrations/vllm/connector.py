@@ -13,7 +13,37 @@ from math import gcd
 from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+
+from kvmem import SpecError
+from kvmem.arguments import parse_bytes
+from kvmem.integrations.vllm import names
+from kvmem.integrations.vllm.blocks import Report, Step, groups_of, ranks_of
+from kvmem.integrations.vllm.config import Options, open_tiers
+from kvmem.integrations.vllm.memory import lazy_memory
+from kvmem.integrations.vllm.planner import Planner
+from kvmem.integrations.vllm.transfers import Transfers
+from kvmem.tiers.keys import BlockKeys
+
+_BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+_METHODS = (
+    "get_mem_pool_context register_kv_caches start_load_kv wait_for_layer_load save_kv_layer wait_for_save "
+    "get_transfer_results get_block_ids_with_load_errors build_connector_worker_meta bind_kv_cache_manager "
+    "on_new_request get_num_new_matched_tokens update_state_after_alloc build_connector_meta update_connector_output "
+    "has_pending_push_work reset_cache shutdown requires_kv_delivery get_required_kvcache_layout"
+)
+NAMES = (
+    *(f"{_BASE}:KVConnectorBase_V1.{method}" for method in _METHODS.split()),
+    f"{_BASE}:SupportsHMA.request_finished_all_groups",
+    f"{_BASE}:KVConnectorWorkerMetadata.aggregate",
+    f"{_BASE}:KVConnectorTransferResults",
+    "vllm.v1.core.sched.output:KVConnectorBlockState.get_block_ids",
+    "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids",
+    "vllm.v1.core.block_pool:BlockPool",
+    "vllm.v1.attention.backends.cpu_attn:_get_attn_isa",
+)
+names.check_names("KvmemConnector", NAMES)  # before the imports below, which would say less
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
@@ -21,17 +51,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
-from vllm.version import __version__ as vllm_version
-
-from kvmem import SpecError
-from kvmem.arguments import parse_bytes
-from kvmem.integrations.vllm.blocks import Report, Step, groups_of, ranks_of
-from kvmem.integrations.vllm.config import Options, open_tiers
-from kvmem.integrations.vllm.memory import lazy_memory
-from kvmem.integrations.vllm.planner import Planner
-from kvmem.integrations.vllm.transfers import Transfers
-from kvmem.tiers.keys import BlockKeys
 
 __all__ = ["KvmemConnector"]
 
@@ -58,10 +77,9 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Saves full blocks to kvmem's tiers and loads them again; memory under the KV cache on a CPU.
 
     Options: ``kv_connector_extra_config``, see :class:`~kvmem.integrations.vllm.config.Options`. Needs
-    ``kv_load_failure_policy="recompute"``, or a load that fails ends its request. ``SpecError`` for what it cannot serve.
+    ``kv_load_failure_policy="recompute"``, or a load that fails ends its request. ``SpecError`` for what it cannot
+    serve.
     """
-
-    _cache_hit_source = CacheHitSource.EXTERNAL_UNSPECIFIED
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -72,7 +90,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._in_step = self._options.layerwise
         self._check(vllm_config)
         isa = _isa(vllm_config, kv_cache_config)
-        self._ranks = ranks_of(vllm_config, kv_cache_config, vllm_version, isa, self._options.model)
+        self._ranks = ranks_of(vllm_config, kv_cache_config, names.vllm_version(), isa, self._options.model)
         self._block_bytes = max(group.payload_bytes for group in self._groups)
         lazy = self._options.memory == "lazy" or (not self._options.memory and self._device.type == "cpu")
         self._memory = lazy_memory(self._device) if lazy else None

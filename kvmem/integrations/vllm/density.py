@@ -122,7 +122,7 @@ class EvictionOrder:
             for undo, node in reversed(done):
                 undo(node)
             return None
-        for undo, node in done:
+        for _, node in done:
             if node not in chosen:
                 self._policy.release(node)
         keys = [self._keys[node] for node in chosen]

@@ -1,7 +1,7 @@
-"""vLLM's own offloading with kvmem's eviction policy and memory: a ``CachePolicy``, and an ``OffloadingSpec`` for CPUs.
+"""vLLM's own offloading with kvmem's eviction policy and memory: a ``CachePolicy``; an ``OffloadingSpec`` for CPUs.
 
-The policy serves vLLM's CPU tier on any device. The spec adds the worker that vLLM lacks where the KV cache itself lies in
-host memory; its chunks lie in memory that is taken as it fills.
+The policy serves vLLM's CPU tier on any device. The spec adds the worker that vLLM lacks where the KV cache itself lies
+in host memory; its chunks lie in memory that is taken as it fills.
 """
 
 from __future__ import annotations
@@ -12,15 +12,32 @@ from concurrent.futures import Future, wait
 from typing import Any, Final
 
 import torch
-from vllm.v1.kv_offload.base import OffloadingSpec, OffloadingWorker, TransferResult
-from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
-from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 
 from kvmem import SpecError
 from kvmem.arguments import parse_bytes
+from kvmem.integrations.vllm import names
 from kvmem.integrations.vllm.background import Background
 from kvmem.integrations.vllm.density import EvictionOrder
 from kvmem.integrations.vllm.memory import Reservation
+
+NAMES = (
+    *(f"vllm.v1.kv_offload.base:OffloadingSpec.{name}" for name in ("get_manager", "get_worker")),
+    *(
+        f"vllm.v1.kv_offload.base:OffloadingWorker.{name}"
+        for name in "submit_store submit_load get_finished wait".split()
+    ),
+    "vllm.v1.kv_offload.base:TransferResult",
+    "vllm.v1.kv_offload.cpu.manager:CPUOffloadingManager",
+    *(
+        f"vllm.v1.kv_offload.cpu.policies.base:CachePolicy.{name}"
+        for name in "get insert remove touch on_store_miss on_request_finished evict clear mark_evictable".split()
+    ),
+)
+names.check_names("kvmem's offloading", NAMES)  # before the imports below, which would say less
+
+from vllm.v1.kv_offload.base import OffloadingSpec, OffloadingWorker, TransferResult  # noqa: E402
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager  # noqa: E402
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy  # noqa: E402
 
 __all__ = ["DensityPolicy", "KvmemOffloadingSpec"]
 
@@ -28,8 +45,8 @@ _ALIGNMENT: Final = 64
 
 
 class DensityPolicy(EvictionOrder, CachePolicy):  # type: ignore[misc]
-    """The chunk with the fewest expected hits goes first (docs/eviction.md). For vLLM's CPU tier, and for the spec below:
-    ``eviction_policy="DensityPolicy"``, ``cache_policy_module_path="kvmem.integrations.vllm.offloading"``.
+    """The chunk with the fewest expected hits goes first (docs/eviction.md). For vLLM's CPU tier, and for the spec
+    below: ``eviction_policy="DensityPolicy"``, ``cache_policy_module_path="kvmem.integrations.vllm.offloading"``.
     """
 
     def __init__(self, cache_capacity: int) -> None:
@@ -38,8 +55,8 @@ class DensityPolicy(EvictionOrder, CachePolicy):  # type: ignore[misc]
 
 
 class KvmemOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
-    """Offloading to host memory where vLLM runs on a CPU: ``spec_name="KvmemOffloadingSpec"``, ``spec_module_path`` this
-    module's, ``cpu_bytes_to_use`` an int or a text such as ``"4GiB"``, for each worker.
+    """Offloading to host memory where vLLM runs on a CPU: ``spec_name="KvmemOffloadingSpec"``, ``spec_module_path``
+    this module's, ``cpu_bytes_to_use`` an int or a text such as ``"4GiB"``, for each worker.
     """
 
     def __init__(self, config: Any) -> None:

@@ -24,6 +24,7 @@ __all__ = ["Planner"]
 
 _MOST_NAMES: Final = 1 << 20  # remembered as saved or as failed; a block that is forgotten is saved again
 _SWEEP: Final = 256  # blocks that a step looks at, to find those whose memory can be released
+_STEPS: Final = 64  # between two questions to a manager that tells which blocks are free
 _Run = Callable[[int, int, int], int]
 
 
@@ -90,7 +91,7 @@ class Planner:
         self._take_freed: Callable[[], Iterable[int]] | None = None
         self._used: deque[int] = deque()  # blocks that may hold memory
         self._used_set: set[int] = set()
-        self._to_sweep = 0
+        self._to_sweep, self._ended, self._steps = 0, False, 0
 
     # --- requests ---
 
@@ -103,7 +104,7 @@ class Planner:
     def end(self, request_id: str) -> None:
         """The request has finished, or was aborted."""
         self._requests.pop(request_id, None)
-        self._to_sweep = len(self._used)
+        self._to_sweep, self._ended = len(self._used), True
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens behind ``computed`` can be loaded, and whether between steps; None: ask again.
@@ -267,11 +268,14 @@ class Planner:
         returns the ids that have become free, with no cached content, since its last call.
         """
         self._take_freed = getattr(manager, "take_freed_blocks", None)
-        self._blocks = None if self._take_freed else manager.block_pool.blocks
+        if self._take_freed is not None:
+            self._take_freed()  # it counts from here on
+        else:
+            self._blocks = manager.block_pool.blocks
 
     @property
     def has_memory_to_release(self) -> bool:
-        return self._to_sweep > 0
+        return self._ended if self._take_freed is not None else self._to_sweep > 0
 
     def _use(self, ids: Iterable[int]) -> None:
         if self._blocks is not None:
@@ -281,8 +285,9 @@ class Planner:
 
     def _release(self) -> None:
         if self._take_freed is not None:
-            self._to_sweep = 0
-            self._step.released = list(self._take_freed())
+            self._steps += 1
+            if self._ended or self._steps % _STEPS == 0:  # it costs a look at the whole pool
+                self._ended, self._step.released = False, list(self._take_freed())
             return
         for _ in range(min(_SWEEP, self._to_sweep, len(self._used))):
             block_id = self._used.popleft()

@@ -24,8 +24,12 @@ def save_model(folder: Path) -> Any:
 
     smollm2 = load_language_model("smollm2")
     config = smollm2.model.config.to_dict()
-    config.pop("quantization_config", None)  # the weights are float32 again; save_pretrained() refuses them all the same
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}, default=str))
+    config.pop(
+        "quantization_config", None
+    )  # the weights are float32 again; save_pretrained() refuses them all the same
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}, default=str)
+    )
     weights = smollm2.model.state_dict()
     if config["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
@@ -34,12 +38,15 @@ def save_model(folder: Path) -> Any:
     return smollm2.tokenizer
 
 
-def run_engine(asked: dict[str, Any], *, seconds: float = 280) -> dict[str, Any]:
+def run_engine(
+    asked: dict[str, Any], *, seconds: float = 280, child_file: Path = CHILD, **environment: str
+) -> dict[str, Any]:
     """Run an engine to its end in a child process, which is ended after ``seconds``, and return what it printed."""
     root = CHILD.parents[3]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(root), str(CHILD.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(
-        [sys.executable, str(CHILD), json.dumps(asked)], cwd=root, env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
+        [sys.executable, str(child_file), json.dumps(asked)], cwd=root,
+        env=os.environ | _ENVIRONMENT | environment | {"PYTHONPATH": path},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
