@@ -13,8 +13,8 @@ _registered = False
 def register() -> None:
     """Make the connector, the offloading spec and the eviction policy known to vLLM by name.
 
-    vLLM calls this in each of its processes (entry point ``vllm.general_plugins``). Imports none of them; a vLLM without
-    these registries is told in the log, and runs without kvmem.
+    vLLM calls this in each of its processes (entry point ``vllm.general_plugins``). Imports none of them. A vLLM
+    without these registries runs without kvmem, and a line in the log says so.
     """
     global _registered
     if _registered:

@@ -24,13 +24,13 @@ NAMES = (
     *(f"vllm.v1.kv_offload.base:OffloadingSpec.{name}" for name in ("get_manager", "get_worker")),
     *(
         f"vllm.v1.kv_offload.base:OffloadingWorker.{name}"
-        for name in "submit_store submit_load get_finished wait".split()
+        for name in ("submit_store", "submit_load", "get_finished", "wait")
     ),
     "vllm.v1.kv_offload.base:TransferResult",
     "vllm.v1.kv_offload.cpu.manager:CPUOffloadingManager",
     *(
         f"vllm.v1.kv_offload.cpu.policies.base:CachePolicy.{name}"
-        for name in "get insert remove touch on_store_miss on_request_finished evict clear mark_evictable".split()
+        for name in ("on_store_miss", "on_request_finished", "evict", "clear", "mark_evictable", "mark_non_evictable")
     ),
 )
 names.check_names("kvmem's offloading", NAMES)  # before the imports below, which would say less

@@ -6,6 +6,7 @@ wrong answer costs a failed load, never a wrong token: the workers verify what t
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -53,6 +54,7 @@ class _Request:
     def __init__(self, request: Any, chain: Chain, groups: int) -> None:
         self.request, self.chain, self.done = request, chain, [0] * groups
         self.asked = 0  # tokens that vLLM had by itself when it asked
+        self.memo: tuple[tuple[int, int, int], int] | None = None  # what decided an answer, and the answer
         self.look: Future[int] | None = None
         self.late = 0.0
         self.failed = False  # a load failed: what is left is computed
@@ -85,6 +87,7 @@ class Planner:
         self._requests: dict[str, _Request] = {}
         self._held: Counter[Name] = Counter()  # on how many ranks host memory has a block
         self._saved, self._failed = _Names(), _Names()
+        self._learned = 0  # reports
         self._step = Step()
         self._log = FaultLog("kvmem's connector")
         self._blocks: Any = None  # of vLLM's pool
@@ -117,8 +120,11 @@ class Planner:
             return 0, False
         state.chain.extend(request.all_token_ids, limit)
         state.asked = computed
-        if self._background is None:
-            end = self._longest(computed, limit, self._run_of(state.chain, ()))
+        if self._background is None:  # vLLM asks again at each step that finds no room
+            question = computed, limit, self._learned
+            if state.memo is None or state.memo[0] != question:
+                state.memo = question, self._longest(computed, limit, self._run_of(state.chain, ()))
+            end = state.memo[1]
         else:
             if state.look is None or self._clock() > state.late + self._deadline:
                 state.late = self._clock() + self._deadline
@@ -245,6 +251,7 @@ class Planner:
 
     def learn(self, report: Report) -> None:
         """Take in what the workers of all ranks report."""
+        self._learned += 1
         self._held.update(report.held)
         for name in [n for n in report.held if self._held[n] > len(self._ranks)]:
             self._held[name] = len(self._ranks)  # it was put again
@@ -306,11 +313,14 @@ class Planner:
         return block.ref_cnt == 0 and block.block_hash is None
 
     def reset(self) -> None:
-        """Forget what host memory holds; shared tiers keep theirs."""
+        """Find nothing any more of what was saved so far, in no tier: the weights may have changed.
+
+        Names begin anew from random bytes, so what is saved from here on is found by this engine alone.
+        """
+        self._keys = BlockKeys(os.urandom(32), self._keys.block_size)
         self._held.clear()
-        self._saved = _Names()
-        for state in self._requests.values():
-            state.look = None
+        for request in [state.request for state in self._requests.values()]:
+            self.begin(request)
 
     def close(self) -> None:
         """Close the shared tiers, once nobody asks them any more."""

@@ -278,6 +278,8 @@ class Transfers:
                 break
             try:
                 found = tier.get([keys[i] for i in left], [views[i] for i in left])
+                if len(found) != len(left):
+                    raise ValueError(f"{len(found)} answers for {len(left)} keys")
             except Exception as error:  # noqa: BLE001  whatever a tier raises, the blocks are computed
                 found = [Result(Status.FAILED, 0, f"{type(error).__name__}: {error}")] * len(left)
             for i, result in zip(left, found, strict=True):
@@ -296,7 +298,8 @@ class Transfers:
         saved: set[int] = set()
         for tier in self._tiers:
             try:
-                have = 0 if tier is self._host else tier.contains(keys)  # another process may have put them
+                # Another process may have put them.
+                have = 0 if tier is self._host else max(0, min(len(keys), tier.contains(keys)))
                 results = tier.put(keys[have:], views[have:])
                 saved |= {*range(have), *(have + i for i, result in enumerate(results) if result.ok)}
             except Exception as error:  # noqa: BLE001  whatever a tier raises, the blocks are not saved

@@ -83,7 +83,7 @@ def test_random_calls_against_a_dict(name: str, rng: random.Random) -> None:
             order.on_store_miss(keys, Context())
             need = len(keys) - len(free)
             if need > 0:
-                protected = {k for k in rng.sample(sorted(model), min(2, len(model)))}
+                protected = set(rng.sample(sorted(model), min(2, len(model))))
                 gone = order.evict(need, protected)
                 assert (gone is None) == (len(set(ready) - protected) < need) or name == "density"
                 if gone is None:

@@ -67,7 +67,7 @@ def pattern(value: int, layer: int) -> np.ndarray:
 
 
 class World:
-    """windows: of each group, 0 for full attention. host, shared: tiers. later: what of the planner and transfers differs."""
+    """windows: of each group, 0 for full attention. host, shared: tiers. later: for the planner and the transfers."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class World:
             self.abort(request)
 
     def recover(self, failed: set[int], requests: set[str], computed: dict[str, int]) -> set[str]:
-        """Requests with blocks that failed go back to the last token before them, those that load, and those that ran."""
+        """Requests with blocks that failed go back to the last token before them."""
         affected = set()
         for request in self.requests:
             if len(self.groups) > 1:
