@@ -27,7 +27,7 @@ class Faulty(DictTier):
     def __init__(self, at: str = "", what: str = "", nth: int = 1) -> None:
         super().__init__(10_000, BLOCK)
         self.at, self.what, self.nth, self.gate = at, what, nth, threading.Event()
-        self.happened = 0
+        self.happened, self.hung = 0, False
 
     def arm(self, at: str, what: str) -> None:
         self.at, self.what, self.nth = at, what, 1
@@ -42,6 +42,7 @@ class Faulty(DictTier):
         if self.what == "raises":
             raise OSError("the store is gone")
         if self.what == "hangs":
+            self.hung = True
             self.gate.wait(30)
         return True
 
@@ -145,15 +146,18 @@ def test_each_stage_fails_once(
 ) -> None:
     """The tokens are those of a run without failure; blocks that failed are told once, and missed the next time."""
     tier = Faulty(*((at, what) if at == "put" else ()))
-    world = make(windows=windows, shared=[tier], in_step=in_step, deadline_seconds=0.3)
+    world = make(windows=windows, shared=[tier], in_step=in_step, clock=lambda: 1000.0 * tier.hung)
     first, second = first_and_second(world, between=lambda: tier.arm(at if at != "put" else "", what))
     assert first == second
     loads_fail = at == "get"
     assert world.failed_loads == int(loads_fail) and (len(windows) > 1 or bool(world.reported) == loads_fail)
     assert len(world.reported) == len(set(world.reported))
     tier.gate.set()
+    world.settle()
+    before = world.loaded_tokens
     third = world.add(Request("third", first[:26], 5))
     world.run()
+    assert world.loaded_tokens > before, "what was lost is saved again"
     assert third.all_token_ids == first and world.failed_loads == int(loads_fail)
     assert tier.happened == 1
 
@@ -265,7 +269,7 @@ def test_random_traffic(
     tier = Faulty()
     world = make(
         windows=windows, blocks=40, in_step=in_step, host=host(12) if tiers != "shared" else None,
-        shared=[tier] if tiers != "host" else None, deadline_seconds=0.2,
+        shared=[tier] if tiers != "host" else None,
     )  # fmt: skip
     prompts = [[rng.randrange(50) for _ in range(rng.randint(10, 40))] for _ in range(4)]
     finished = 0

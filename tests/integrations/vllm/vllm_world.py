@@ -239,7 +239,7 @@ class World:
         return affected
 
     def forward(self, work: list[tuple[Request, int]], step: Any) -> set[str]:
-        """Compute the tokens, and return the requests that read other bytes than their tokens have."""
+        """Compute the tokens, and return the requests that read other bytes than their tokens have; they write such too."""
         wrong = set()
         for name in self.pages:
             self.transfers.wait_for_layer(name)
@@ -249,7 +249,7 @@ class World:
                     block = request.blocks[int(name[0])][t // SIZE]
                     place = self.pages[name][block, t % SIZE * TOKEN : (t % SIZE + 1) * TOKEN]
                     if t >= start:
-                        place[:] = pattern(values[t], self.layer(name))
+                        place[:] = pattern(values[t], self.layer(name)) ^ (255 * (request.request_id in wrong))
                     elif block and (place != pattern(values[t], self.layer(name))).any():
                         wrong.add(request.request_id)
             self.transfers.save_layer(name, step)
