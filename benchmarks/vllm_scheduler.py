@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
@@ -21,7 +21,7 @@ import numpy as np
 from kvmem.bench.__main__ import main
 from kvmem.bench.cli import JSON
 from kvmem.bench.document import check_writable, document, write_json
-from kvmem.bench.render import Row, Table, console, show
+from kvmem.bench.render import Row, Table, cell, console, show
 from kvmem.bench.timing import Ratio, Spread
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 
@@ -30,7 +30,7 @@ _KINDS = ("stock", "kvmem")
 
 @dataclass(frozen=True)
 class Case:
-    """``fill`` makes (name, prompt, tokens to generate) of a seed; steps [first, first + steps) of a run are measured."""
+    """``fill`` draws (name, prompt, tokens to generate); steps [first, first + steps) of a run are measured."""
 
     name: str
     sizes: dict[str, Any]
@@ -140,7 +140,9 @@ def measure(case: Case, runs: int) -> list[TimeRow]:
         for scheduler in schedulers.values():
             scheduler.kv_cache_manager = Timed(scheduler.kv_cache_manager)
             for name, prompt, new in case.fill(np.random.default_rng(run)):
-                scheduler.add_request(drive.make_request(name, prompt, new, block_size=case.sizes.get("block_size", 16)))
+                scheduler.add_request(
+                    drive.make_request(name, prompt, new, block_size=case.sizes.get("block_size", 16))
+                )
         gc.collect()
         gc.disable()  # a collection in the time of one of them would say nothing about it
         try:
@@ -239,35 +241,45 @@ def _hit_row(kind: str, policy: str, pool: int, prompts: Sequence[list[int]], ne
     return HitRow(kind, policy, pool, len(prompts), found, asked, found / asked, preempted, steps)
 
 
-def time_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    title = "A step of vLLM's scheduler: time in calls of its block manager, and of the whole step; no model runs"
+def time_tables(rows: Sequence[Row], setup: Mapping[str, Any]) -> Iterator[Table]:
+    title = (
+        "A step of the scheduler of vLLM {vllm}: time in calls of its block manager, and of the whole step, without "
+    )
+    title += "a model; {runs} runs in turn"
     spec = """case={case}; manager={manager}; manager us={manager_us:spread}; times stock={ratio:ratio};
     step us={step_us:spread}; step times stock={step_ratio:ratio}"""
-    yield Table.of(title, spec, rows, 2)
+    yield Table.of(cell(title, setup), spec, rows, 2)
 
 
-def hit_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    title = "Prompt tokens found cached, in pools smaller than the trace"
+def hit_tables(rows: Sequence[Row], setup: Mapping[str, Any]) -> Iterator[Table]:
+    title = (
+        "Prompt tokens found cached by the scheduler of vLLM {vllm}: {trace}, {requests:,} requests, a prefix block "
+    )
+    title += "of the trace as one block of 16 tokens"
     spec = """manager={manager}; policy={policy}; pool blocks={pool_blocks:,}; hit rate={hit_rate:share};
     hit tokens={hit_tokens:,}; of={prompt_tokens:,}; preemptions={preemptions:,}; steps={steps:,}"""
-    yield Table.of(title, spec, rows, 2)
+    yield Table.of(cell(title, setup), spec, rows, 2)
 
 
 @click.command()
-@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each case, interleaved.")
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each case, interleaved."
+)
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Below 1: fewer requests and steps.")
-@click.option("--requests", type=click.IntRange(min=0), default=300, show_default=True, help="Of the trace; 0: no trace.")
+@click.option(
+    "--requests", type=click.IntRange(min=0), default=300, show_default=True, help="Of the trace; 0: no trace."
+)
 @JSON
 def command(runs: int, scale: float, requests: int, json_path: Path | None) -> None:
     """vLLM's scheduler over its own block manager and over kvmem's."""
     from kvmem.integrations.vllm.names import vllm_version
 
     check_writable(json_path)
-    timed = [asdict(row) for case in cases(scale) for row in measure(case, runs)]
-    show(console(), time_tables(timed))
-    found = [asdict(row) for row in hits(load_trace(EXCERPT), (0.05, 0.1, 0.2), requests)] if requests else []
-    show(console(), hit_tables(found))
     setup = {"vllm": vllm_version(), "runs": runs, "trace": EXCERPT.stem, "requests": requests}
+    timed = [asdict(row) for case in cases(scale) for row in measure(case, runs)]
+    show(console(), time_tables(timed, setup))
+    found = [asdict(row) for row in hits(load_trace(EXCERPT), (0.05, 0.1, 0.2), requests)] if requests else []
+    show(console(), hit_tables(found, setup))
     results = {"vllm_time": timed, "vllm_hits": found}
     write_json(document(["vllm_scheduler", *sys.argv[1:]], setup=setup, results=results), json_path)
 

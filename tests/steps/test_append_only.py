@@ -129,7 +129,9 @@ class Worker:
         del self.tables[name], self.tokens[name], self.computed[name]
 
     def act(self) -> None:
-        call = self.draw.choice([self.begin, self.begin, self.publish, self.step, self.step, self.grow, self.cut, self.free])
+        call = self.draw.choice(
+            [self.begin, self.begin, self.publish, self.step, self.step, self.grow, self.cut, self.free]
+        )
         if call == self.begin:
             self.begin()
         elif (name := self.name()) is not None:

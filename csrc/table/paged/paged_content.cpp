@@ -69,6 +69,14 @@ void PagedTable::publish(const std::vector<Published>& blocks, Transaction& tx) 
   }
 }
 
+bool PagedTable::is_unread(i32 node) const {
+  for (i64 g = 0; append_only_ && g < groups_; ++g) {
+    const i32 block = has_state(g) || blocks_[g].window >= 0 ? 0 : blocks_.block_of(node, g);
+    if (block != 0 && blocks_[g].info[block].refs == 0) return true;
+  }
+  return false;
+}
+
 // The last group first: full attention mostly leads, and the other backend reports its loss last, too.
 void PagedTable::evict(i32 node, Transaction& tx) {
   demote(node, -1, tx);

@@ -70,6 +70,7 @@ class PagedTable final : public PageTable {
   // A block that is cached already replaces the sequence's own, so that its content is in memory once. Append-only: the
   // sequence keeps its own, which takes the place of a cached one that no sequence reads.
   void publish(const std::vector<Published>& blocks, Transaction& tx) override;
+  bool is_unread(i32 node) const override;
   void unpublish(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
   void evict(i32 node, Transaction& tx) override;
   void evict_window(i32 node, i32 window, Transaction& tx) override;

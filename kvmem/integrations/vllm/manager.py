@@ -14,41 +14,15 @@ writes K and V in the order of the steps and nothing takes the chunk back (``ahe
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
+from kvmem import TableChanges
+from kvmem.integrations.vllm.held import Held, Prompt, Request
+from kvmem.integrations.vllm.pool import BlockPool, Coordinator, round_up
 
-from kvmem import Allocator, CacheSpec, Component, Group, SchedulerCache, SpecError, TableChanges
-from kvmem.allocator.prefix import Tokens
-
-__all__ = ["BlockManager", "Foreign", "Held", "Request"]
-
-#: What the pages of a device without memory are a multiple of.
-_PAGE_BYTES = 2 << 20
-#: Block 0 is the null block, which vLLM's tables name where a window has dropped a block; block 1 is kvmem's padding
-#: block. Neither is ever handed out.
-RESERVED_BLOCKS = 2
-
-
-class Request(Protocol):
-    """What the manager reads of a ``vllm.v1.request.Request``."""
-
-    request_id: str
-    num_computed_tokens: int
-    num_in_flight_tokens: int
-    num_preemptions: int
-    skip_reading_prefix_cache: bool
-    cache_salt: str | None
-    lora_request: Any
-    mm_features: Sequence[Any]
-    prompt_embeds: Any
-    all_token_ids: Sequence[int]
-
-    @property
-    def num_tokens(self) -> int: ...
+__all__ = ["BlockManager", "Foreign"]
 
 
 @dataclass(frozen=True)
@@ -58,40 +32,6 @@ class Foreign:
     wrap: Callable[[tuple[Sequence[Any], ...]], Any]
     blocks: Sequence[Any]
     stats: Callable[[], Any]
-
-
-class Held:
-    """The blocks of one request, and the key of its sequence: a request that was preempted may begin again before the
-    blocks of its first life are given back.
-    """
-
-    __slots__ = ("blocks", "committed", "prompt", "room")
-
-    def __init__(self, prompt: _Prompt, room: int, committed: int) -> None:
-        self.prompt = prompt
-        self.blocks: list[int] = []  # as the worker has them; 0 where a window has dropped one
-        self.room = room  # tokens, whole blocks
-        self.committed = committed  # tokens
-
-
-class _Prompt:
-    """The tokens of a request when it was last looked at, and what its KV depends on beside them."""
-
-    __slots__ = ("ids", "keys")
-
-    def __init__(self, request: Request) -> None:
-        #: None for a request whose prompt is embeddings: it shares nothing.
-        self.ids = array("i", request.all_token_ids[:]) if request.prompt_embeds is None else None
-        self.keys = _keys(request)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Stands for vLLM's single-type manager, of which other parts of the engine read the block size."""
-
-    block_size: int
-    kv_cache_spec: Any
-    kv_cache_group_id: int = 0
 
 
 class BlockManager:
@@ -126,50 +66,26 @@ class BlockManager:
         ahead: bool = True,
         group_spec: Any = None,
     ) -> None:
-        if num_blocks <= RESERVED_BLOCKS:
-            raise SpecError(
-                f"the engine's pool has {num_blocks} blocks, of which kvmem reserves {RESERVED_BLOCKS}: give it more "
-                "memory for the KV cache"
-            )
         self.block_size, self.max_model_len, self.enable_caching = block_size, max_model_len, prefix_cache
-        self.log_stats = log_stats
-        self.watermark_blocks = int(watermark * num_blocks)
+        self.log_stats, self.watermark_blocks = log_stats, int(watermark * num_blocks)
         self._foreign, self._window = foreign, window_tokens
         self._ahead = ahead and window_tokens is None
         self._publishes = prefix_cache or window_tokens is not None
-        self._pool_blocks = num_blocks - RESERVED_BLOCKS
-        self._backed = RESERVED_BLOCKS if window_tokens is not None else 0  # tables without a window never name them
-        self._block_bytes = _page_bytes(block_size)
-        allocator = Allocator(
-            _spec_of_pages(block_size, self._block_bytes, window_tokens),
-            backend="paged",
-            device="meta",
-            memory=(self._pool_blocks + self._backed) * self._block_bytes,
-            page_bytes=self._block_bytes,
-            max_sequences=max_requests,
-            max_tokens=_round_up(max_model_len, block_size),
+        self.block_pool = BlockPool(
+            num_blocks,
+            block_size,
+            max_tokens=max_model_len,
+            max_requests=max_requests,
+            window_tokens=window_tokens,
             prefix_cache=prefix_cache,
-            append_only=True,
             policy=policy,
         )
-        self._tells_freed = False
-        self.allocator, self._cache = allocator, SchedulerCache(allocator)
-        self._back_pool()
+        self.allocator, self._cache = self.block_pool.allocator, self.block_pool.cache
         self._held: dict[str, Held] = {}
-        self._waiting: dict[str, _Prompt] = {}  # by request that was looked at and holds no blocks yet
+        self._waiting: dict[str, Prompt] = {}  # by request that was looked at and holds no blocks yet
+        self.coordinator = Coordinator(self._held, block_size, group_spec)
         self.empty_kv_cache_blocks = foreign.wrap(((),))
         self.prefix_cache_stats = foreign.stats() if log_stats else None
-        self.block_pool = BlockPool(self)
-        self.coordinator = Coordinator(self, (_Group(block_size, group_spec),))
-
-    def _back_pool(self) -> None:
-        """Take every block once, so that no later step pays for backing it."""
-        most, left, all_blocks = self.allocator.max_tokens // self.block_size, self._pool_blocks, []
-        while left > 0 and len(all_blocks) < self.allocator.max_sequences:
-            all_blocks.append(self.allocator.sequence())
-            all_blocks[-1].extend(min(most, left) * self.block_size)
-            left -= most
-        self.allocator.free_batch(np.array([sequence.id for sequence in all_blocks], np.int32))
 
     # --- prefixes ---
 
@@ -184,10 +100,10 @@ class BlockManager:
         hits = 0 if prompt.ids is None else self._cache.matched_tokens(prompt.ids, **prompt.keys)
         return self.empty_kv_cache_blocks, hits, 0
 
-    def _prompt_of(self, request: Request) -> _Prompt:
+    def _prompt_of(self, request: Request) -> Prompt:
         prompt = self._waiting.get(request.request_id)
         if prompt is None or (prompt.ids is not None and len(prompt.ids) != request.num_tokens):
-            prompt = self._waiting[request.request_id] = _Prompt(request)
+            prompt = self._waiting[request.request_id] = Prompt(request)
         return prompt
 
     def get_computed_blocks_for_connector(self, request: Request) -> tuple[Any, int, int, bool]:
@@ -266,15 +182,15 @@ class BlockManager:
         tokens now, and ``headroom`` blocks besides.
         """
         size, cache = self.block_size, self._cache
-        end = _round_up(min(tokens, self.max_model_len), size)
-        most = max(end, _round_up(min(least, self.max_model_len), size))
+        end = round_up(min(tokens, self.max_model_len), size)
+        most = max(end, round_up(min(least, self.max_model_len), size))
         prompt = self._prompt_of(request)
-        held = Held(prompt, end, hits)
+        held = Held(prompt, [], end, hits)
         tokens_of_hits = None if prompt.ids is None else prompt.ids[: hits + 1]
         changes = cache.allocate(held, most - hits, tokens=tokens_of_hits, **prompt.keys)
         if changes is None:
             return None
-        if cache.num_cached_tokens(held) != hits or (headroom > 0 and headroom > self.free_blocks):
+        if cache.num_cached_tokens(held) != hits or (headroom > 0 and headroom > self.block_pool.get_num_free_blocks()):
             cache.free(held)  # what was told to be cached is gone, or too little is left: asked again in the next step
             return None
         if most > end:  # it would have fitted: what it does not need yet goes back
@@ -287,13 +203,13 @@ class BlockManager:
     def _grow(self, held: Held, request: Request, tokens: int) -> Any:
         """Publish what the request has computed, and give it room for ``tokens``."""
         cache, room, size = self._cache, held.room, self.block_size
-        end = _round_up(min(tokens, self.max_model_len), size)
+        end = round_up(min(tokens, self.max_model_len), size)
         if end <= room:
             return self.empty_kv_cache_blocks
         valid = request.num_computed_tokens - request.num_in_flight_tokens
         full = self._publishes and valid >= room
         if full:
-            changes = cache.step(held, end - room, _ids(held, request, room))
+            changes = cache.step(held, end - room, held.ids(request, room))
         else:
             self._publish(held, request, valid)
             changes = cache.allocate(held, end - room)
@@ -312,7 +228,7 @@ class BlockManager:
         tokens -= tokens % self.block_size
         if tokens <= held.committed or not self._publishes:
             return
-        ids = _ids(held, request, tokens)
+        ids = held.ids(request, tokens)
         changes = self._cache.publish(held, ids, count=tokens - held.committed if ids is None else None)
         held.committed = tokens
         if len(changes) > 0:
@@ -353,25 +269,8 @@ class BlockManager:
         """Nothing to do: a window drops its blocks when tokens are published."""
 
     def take_freed_blocks(self) -> list[int]:
-        """Return the blocks, ascending, that neither a request nor cached content has used since the last call, and that
-        one had used before: their memory can be given back to the system.
-
-        The first call returns none and begins to count, which makes later steps slower: a block is taken from the pool
-        of pages again each time. Cost: linear in the pool.
-        """
-        core, freed = self.allocator.core, set[int]()
-        stats = core.stats()
-        self.allocator.trim(stats.parked_bytes - stats.cached_bytes)  # a block is a page: those without content
-        if not self._tells_freed:
-            self._tells_freed = True
-            core.record()
-            return []
-        for kind, _, slot, _, count, _ in core.take_ops():
-            if kind == "unmap":
-                freed.update(range(slot, slot + count))
-            elif kind == "map":
-                freed.difference_update(range(slot, slot + count))
-        return sorted(freed)
+        """As ``BlockPool.take_freed_blocks``; the stock manager has no such method."""
+        return self.block_pool.take_freed_blocks()
 
     # --- what the scheduler asks ---
 
@@ -392,15 +291,9 @@ class BlockManager:
         return [0]
 
     @property
-    def free_blocks(self) -> int:
-        """Blocks that no request uses, cached ones included. Cost: linear in the requests."""
-        held = self.allocator.core.stats().held_bytes // self._block_bytes
-        return self._pool_blocks + self._backed - held
-
-    @property
     def usage(self) -> float:
-        """The part of the pool that requests hold, 0 to 1."""
-        return (self._pool_blocks - self.free_blocks) / self._pool_blocks
+        """The part of the pool that requests hold, 0 to 1. Cost: linear in the requests."""
+        return self.block_pool.get_usage()
 
     def make_prefix_cache_stats(self) -> Any:
         if not self.log_stats:
@@ -445,71 +338,3 @@ class BlockManager:
             return self.empty_kv_cache_blocks
         blocks = self._foreign.blocks
         return self._foreign.wrap(([blocks[block] for block in ids],))
-
-
-class BlockPool:
-    """The part of vLLM's ``BlockPool`` that its scheduler uses."""
-
-    def __init__(self, manager: BlockManager) -> None:
-        self._manager = manager
-
-    def free_blocks(self, ordered_blocks: Iterable[Held]) -> None:
-        """Free what ``pop_blocks_for_free`` returned."""
-        self._manager._cache.free_all(ordered_blocks)
-
-    def get_num_free_blocks(self) -> int:
-        return self._manager.free_blocks
-
-    def get_usage(self) -> float:
-        return self._manager.usage
-
-
-class Coordinator:
-    """The part of vLLM's coordinator that its scheduler and its engine use."""
-
-    enable_partial_hash_hits = False
-    single_type_managers: tuple[_Group, ...]
-
-    def __init__(self, manager: BlockManager, groups: tuple[_Group, ...]) -> None:
-        self._manager, self.single_type_managers = manager, groups
-
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *_: Any, **__: Any) -> int:
-        """Return how many blocks the request lacks for ``num_tokens`` tokens."""
-        have = len(self._manager.get_block_ids(request_id)[0])
-        return max(0, math.ceil(num_tokens / self._manager.block_size) - have)
-
-
-def _round_up(tokens: int, size: int) -> int:
-    return -(-tokens // size) * size
-
-
-def _page_bytes(block_size: int) -> int:
-    """Return bytes of a page, a multiple of the block size, so that a block of ``_spec_of_pages`` is one page."""
-    return math.lcm(_PAGE_BYTES, block_size)
-
-
-def _spec_of_pages(block_size: int, block_bytes: int, window_tokens: int | None) -> CacheSpec:
-    """Return a spec whose block is one page: what a token stores does not matter to whom decides only, and the pages of
-    the pool are then the engine's blocks, one for one.
-    """
-    token = Component("block", heads=1, width=block_bytes // block_size, dtype="uint8")
-    return CacheSpec((Group("layers", (token,), (0,), window_tokens=window_tokens),), block_size=block_size)
-
-
-def _ids(held: Held, request: Request, end: int) -> Tokens | None:
-    """Return the ids of the tokens that the request has not published yet, up to ``end``."""
-    if held.prompt.ids is None:
-        return None
-    ids = held.prompt.ids if end <= len(held.prompt.ids) else request.all_token_ids
-    return ids[held.committed : end]  # type: ignore[return-value]  # a list of what vLLM calls a ConstantList
-
-
-def _keys(request: Request) -> dict[str, Any]:
-    """Return what the KV of the request depends on beside its tokens: tenant, adapter, images from their place on."""
-    lora = request.lora_request
-    images = [(feature.mm_position.offset, feature.identifier) for feature in request.mm_features]
-    return {
-        "salt": request.cache_salt,
-        "adapter": None if lora is None else lora.lora_name,
-        "extra_key": images or None,
-    }

@@ -12,11 +12,20 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from kvmem.errors import SpecError
 
-__all__ = ["SCHEDULER", "VERSION", "called_on", "check_names", "missing_arguments", "missing_names", "offers", "vllm_version"]
+__all__ = [
+    "SCHEDULER",
+    "VERSION",
+    "called_on",
+    "check_names",
+    "missing_arguments",
+    "missing_names",
+    "offers",
+    "vllm_version",
+]
 
 #: The version that the tests run, and the command that installs it on a machine without a GPU.
 VERSION = "0.32.0"
@@ -66,7 +75,7 @@ def _has(name: str) -> bool:
 
 
 def called_on(owner: type, attribute: str) -> set[str]:
-    """Return the names that the methods of ``owner``, a class, read from ``self.<attribute>``, as "name" or "name.name".
+    """Return the names that the methods of ``owner`` read from ``self.<attribute>``, as "name" or "name.name".
 
     From the source, so that a name which a newer version has begun to use is found before it is called.
     """
@@ -94,18 +103,18 @@ def _is_of_self(node: ast.AST, attribute: str) -> bool:
 
 
 def offers(owner: type, name: str) -> bool:
-    """Return whether objects of ``owner`` have ``name``, "name" or "name.name": as an attribute of the class, or one that
-    its annotations declare.
+    """Return whether objects of ``owner`` have ``name``, "name" or "name.name": as an attribute of the class, or one
+    that its annotations declare.
     """
     first, _, rest = name.partition(".")
     kind = get_type_hints(owner).get(first)
     if not hasattr(owner, first) and kind is None:
         return False
-    return not rest or kind in (None, Any) or offers(kind, rest)
+    return not rest or kind in (None, Any) or offers(get_origin(kind) or kind, rest)
 
 
 def missing_arguments(theirs: Any, ours: Any) -> list[str]:
-    """Return the arguments of ``theirs``, a function of vLLM's, that ``ours``, which stands in for it, does not take."""
+    """Return the arguments of ``theirs``, a function of vLLM's, that ``ours``, in its place, does not take."""
     return [name for name in inspect.signature(theirs).parameters if name not in inspect.signature(ours).parameters]
 
 

@@ -1,8 +1,8 @@
 """vLLM's scheduler over kvmem's block manager: ``--scheduler-cls kvmem.integrations.vllm.scheduler.KvmemScheduler``.
 
 The class derives from vLLM's own scheduler, which decides as before what runs; only ``self.kv_cache_manager`` is
-another. vLLM names this extension point in its configuration (``SchedulerConfig.scheduler_cls``), and says that it is no
-stable interface: the names are checked when this module is imported (names.py).
+another. vLLM names this extension point in its configuration (``SchedulerConfig.scheduler_cls``), and says that it is
+no stable interface: the names are checked when this module is imported (names.py).
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-from vllm.v1.metrics.stats import PrefixCacheStats
-
 from kvmem.errors import SpecError
 from kvmem.integrations.vllm import names
 from kvmem.integrations.vllm.manager import BlockManager, Foreign
+
+names.check_names("KvmemScheduler", names.SCHEDULER)  # first: an import that fails says less
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager  # noqa: E402
+from vllm.v1.core.kv_cache_utils import KVCacheBlock  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec  # noqa: E402
+from vllm.v1.metrics.stats import PrefixCacheStats  # noqa: E402
 
 __all__ = ["KvmemScheduler"]
 
@@ -26,14 +28,14 @@ __all__ = ["KvmemScheduler"]
 _OPTIONS = {"policy"}
 
 
-class KvmemScheduler(Scheduler):  # type: ignore[misc]  # Any where vLLM is not installed
+class KvmemScheduler(Scheduler):  # type: ignore[misc]  # Any for mypy, which reads no vLLM
     """vLLM's scheduler with kvmem's block manager. Takes what vLLM's takes.
 
-    Options, in the engine's ``additional_config={"kvmem": {...}}``: ``policy``, what is evicted first (docs/eviction.md;
-    default ``"density"``, ``"lru"`` is vLLM's own order).
+    Options, in the engine's ``additional_config={"kvmem": {...}}``: ``policy``, what is evicted first
+    (docs/eviction.md; default ``"density"``; ``"lru"`` is vLLM's own order).
 
-    ``SpecError``, when the engine starts, for what the manager does not serve: several groups of layers (hybrid models),
-    state layers, a decoder over encoder tokens, EAGLE, context parallelism, KV cache events, async scheduling.
+    ``SpecError``, when the engine starts, for what the manager does not serve: several groups of layers (hybrid
+    models), state layers, encoder-decoders, EAGLE, context parallelism, KV cache events, async scheduling.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,8 +91,9 @@ def _refuse(vllm_config: Any, kv_cache_config: Any) -> None:
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     if len(groups) != 1:
         raise SpecError(
-            f"KvmemScheduler serves models with one group of layers, and this one has {len(groups)} ({', '.join(kinds)}), "
-            "whose blocks share one pool; use vLLM's own scheduler, or disable_hybrid_kv_cache_manager=True"
+            f"KvmemScheduler serves models with one group of layers, and this one has {len(groups)} "
+            f"({', '.join(kinds)}), whose blocks share one pool; use vLLM's own scheduler, or "
+            "disable_hybrid_kv_cache_manager=True"
         )
     if not isinstance(groups[0].kv_cache_spec, (FullAttentionSpec, SlidingWindowSpec)):
         raise SpecError(
@@ -103,7 +106,8 @@ def _refuse(vllm_config: Any, kv_cache_config: Any) -> None:
         raise SpecError("KvmemScheduler schedules one step at a time: start the engine with async_scheduling=False")
 
 
-def _check() -> None:
+def _check_scheduler() -> None:
+    """Raise ``SpecError`` if vLLM's scheduler calls its block manager by names or arguments that kvmem's lacks."""
     lacking = {name for name in names.called_on(Scheduler, "kv_cache_manager") if not names.offers(BlockManager, name)}
     for method in ("allocate_slots", "get_computed_blocks", "free", "cache_blocks", "remove_skipped_blocks"):
         arguments = names.missing_arguments(getattr(KVCacheManager, method), getattr(BlockManager, method))
@@ -111,4 +115,4 @@ def _check() -> None:
     names.check_names("KvmemScheduler", names.SCHEDULER, unknown=lacking)
 
 
-_check()
+_check_scheduler()

@@ -10,7 +10,6 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from support_vllm_scheduler import VOCABULARY, StubBlocks, StubRequest, StubScheduler, StubStats, Worker, expected
 
@@ -58,7 +57,11 @@ def test_requests_generate_what_they_would_alone(case: str, seed: int) -> None:
         manager = open_manager(**CASES[case])
         worker = Worker(SIZE, CASES[case].get("window_tokens"))
         scheduler = StubScheduler(
-            manager, worker, budget=draw.choice([17, 64, 300]), must_fit=draw.random() < 0.7, lookahead=draw.choice([0, 0, 3])
+            manager,
+            worker,
+            budget=draw.choice([17, 64, 300]),
+            must_fit=draw.random() < 0.7,
+            lookahead=draw.choice([0, 0, 3]),
         )
         texts = [[draw.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
         prompts: dict[str, list[int]] = {}
@@ -80,7 +83,11 @@ def test_requests_generate_what_they_would_alone(case: str, seed: int) -> None:
         assert not scheduler.running and not scheduler.waiting
         seen["hits"] += sum(scheduler.hits.values())
         seen["preemptions"] += scheduler.preemptions
-        assert manager.allocator.check() == [] and manager.usage == 0 and manager.free_blocks == manager._pool_blocks
+        assert (
+            manager.allocator.check() == []
+            and manager.usage == 0
+            and manager.block_pool.get_num_free_blocks() == manager.block_pool.num_blocks
+        )
     assert seen["ended"] > 20 and (seen["hits"] > 0) == CASES[case].get("prefix_cache", True)
     assert (seen["preemptions"] > 0) or "small" not in case
 
@@ -104,7 +111,10 @@ def test_hits_are_those_of_a_set_of_prefixes(seed: int) -> None:
         wanted = {}
         for request in new:  # in order: the prompts of a step find each other
             hits = 0
-            while (request.cache_salt, tuple(request.all_token_ids[: hits + SIZE])) in cached and hits + SIZE < request.num_tokens:
+            while (
+                request.cache_salt,
+                tuple(request.all_token_ids[: hits + SIZE]),
+            ) in cached and hits + SIZE < request.num_tokens:
                 hits += SIZE
             blind = request.skip_reading_prefix_cache or request.prompt_embeds is not None
             wanted[request.request_id] = 0 if blind else hits
@@ -212,7 +222,7 @@ def test_memory_of_freed_blocks_can_be_given_back(case: str, seed: int) -> None:
         worker.memory = {at: value for at, value in worker.memory.items() if at[0] not in freed}
         resident = len({block for block, _ in worker.memory})
         stats = manager.allocator.stats()
-        assert resident * manager._block_bytes <= stats.held_bytes + stats.cached_bytes
+        assert resident * manager.allocator.pool.page_bytes <= stats.held_bytes + stats.cached_bytes
         most, turn = max(most, resident), turn + 1
     assert manager.reset_prefix_cache()
     left = {block for block, _ in worker.memory} - set(manager.take_freed_blocks())
@@ -232,4 +242,4 @@ def test_ids_stay_below_the_pool_and_off_the_null_block(size: int) -> None:
     blocks = manager.allocate_slots(request, 21 * size).ids
     assert sorted(blocks) == list(range(2, 23)) and manager.usage == 1
     assert manager.allocate_slots(StubRequest("b", [7], 1), 1) is None
-    assert np.isclose(manager.free_blocks, 0)
+    assert manager.block_pool.get_num_free_blocks() == 0

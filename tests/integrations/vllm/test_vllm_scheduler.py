@@ -15,11 +15,12 @@ from support_vllm_scheduler import VOCABULARY, Worker, expected, run_step
 from kvmem import SpecError
 from kvmem.integrations.vllm import names
 
-pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: `make test-vllm` installs it in a folder of its own")
+pytest.importorskip(
+    "vllm.v1.request", reason="vLLM is not installed: `make test-vllm` installs it in a folder of its own"
+)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from benchmarks import vllm_drive as drive
-
     from kvmem.integrations.vllm import scheduler as ours
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -50,7 +51,10 @@ class Run:
         output = self.scheduler.schedule()
         tokens = run_step(self.worker, output, self.scheduler.requests)
         stats = drive.prepare(self.scheduler, output, lambda name, _: tokens[name])()
-        self.hits, self.queries = self.hits + stats.prefix_cache_stats.hits, self.queries + stats.prefix_cache_stats.queries
+        self.hits, self.queries = (
+            self.hits + stats.prefix_cache_stats.hits,
+            self.queries + stats.prefix_cache_stats.queries,
+        )
         self.preemptions += len(output.preempted_req_ids or ())
         for name, request in self.requests.items():
             if request.is_finished() and name not in self.ended:
@@ -128,7 +132,7 @@ def test_another_version_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ours, "Scheduler", Newer)
     monkeypatch.setattr(names, "SCHEDULER", (*names.SCHEDULER, "vllm.v1.core.sched.scheduler:Scheduler.was_here"))
     with pytest.raises(SpecError) as refused:
-        ours._check()
+        ours._check_scheduler()
     assert str(refused.value) == (
         "KvmemScheduler was made for vLLM 0.32.0 and cannot run in 0.32.0: it has no "
         "`vllm.v1.core.sched.scheduler:Scheduler.was_here`; it uses `begin_step`, `block_pool.epoch`, which kvmem does not "
@@ -170,4 +174,6 @@ def test_settings_that_a_cpu_does_not_have_are_refused(asynchronous: bool, conte
 
 def test_the_policy_is_an_option() -> None:
     for policy in ("lru", "density"):
-        assert drive.open_scheduler("kvmem", sizes(50), options={"policy": policy}).kv_cache_manager.allocator.append_only
+        assert drive.open_scheduler(
+            "kvmem", sizes(50), options={"policy": policy}
+        ).kv_cache_manager.allocator.append_only

