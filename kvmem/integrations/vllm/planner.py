@@ -275,10 +275,9 @@ class Planner:
         returns the ids that have become free, with no cached content, since its last call.
         """
         self._take_freed = getattr(manager, "take_freed_blocks", None)
+        self._blocks = None if self._take_freed is not None else manager.block_pool.blocks
         if self._take_freed is not None:
             self._take_freed()  # it counts from here on
-        else:
-            self._blocks = manager.block_pool.blocks
 
     @property
     def has_memory_to_release(self) -> bool:

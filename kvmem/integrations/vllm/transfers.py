@@ -150,9 +150,7 @@ class Transfers:
         if saves and self._failed_blocks:  # something may have been computed from what was not loaded
             self._drop(saves)
         elif saves:
-            blocks = [block.name for block, _ in saves]
-            future = self._savers.submit(partial(self._put, [(b.name, s) for b, s in saves]))
-            self._saving.append((blocks, sum(s.numel() for _, s in saves), future))
+            self._start_saving([(block.name, staging) for block, staging in saves])
         if idle and self._loads:
             self._wait(self._loads, _IDLE_SECONDS)
         elif idle and step.waits:
@@ -170,6 +168,10 @@ class Transfers:
             self._staged += size
             found.append((block, torch.empty(size, dtype=torch.uint8)))
         return found
+
+    def _start_saving(self, saves: list[tuple[Name, torch.Tensor]]) -> None:
+        future = self._savers.submit(partial(self._put, saves))
+        self._saving.append(([name for name, _ in saves], sum(staging.numel() for _, staging in saves), future))
 
     def _drop(self, saves: Sequence[tuple[Block, torch.Tensor]]) -> None:
         self._staged -= sum(staging.numel() for _, staging in saves)
@@ -242,6 +244,7 @@ class Transfers:
             results = [Result(Status.FAILED, 0, f"no answer within {self._deadline:g} s")] * len(part.blocks)
         else:
             results = part.future.result()  # it catches what tiers raise
+        found: list[tuple[Name, torch.Tensor]] = []
         for block, staging, result in zip(part.blocks, part.staging, results, strict=True):
             if not result.ok:
                 self._report.failed.add(block.name)
@@ -252,6 +255,11 @@ class Transfers:
                 self._layers[layer][block.block_id].copy_(staging[at : at + place.page_bytes])
                 at += place.page_bytes
             del loading.missing[block]
+            if self._host is not None and tier_key(self._fingerprint, block.name) not in self._held:
+                found.append((block.name, staging))  # from a lower tier: host memory takes it too
+        if found and self._staged + sum(staging.numel() for _, staging in found) <= self._most:
+            self._staged += sum(staging.numel() for _, staging in found)
+            self._start_saving(found)
         return all(result.ok for result in results)
 
     def _fail(self, loading: _Loading) -> None:

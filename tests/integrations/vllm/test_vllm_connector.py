@@ -135,6 +135,19 @@ def test_a_shared_tier_is_asked_and_both_are_filled(make: Callable[..., World], 
     assert request.all_token_ids == first and other.loaded_tokens == 24
 
 
+def test_what_a_lower_tier_had_comes_to_host_memory(make: Callable[..., World]) -> None:
+    shared, near = Faulty(), host()
+    first, _ = first_and_second(make(shared=[shared]))
+    world = make(host=near, shared=[shared])
+    world.add(Request("third", first[:26], 5))
+    world.run()
+    world.settle()
+    shared.data.clear()
+    request = world.add(Request("fourth", first[:26], 5))
+    world.run()
+    assert request.all_token_ids == first and world.loaded_tokens == 2 * 24 and near.capacity().num_blocks == 7
+
+
 @pytest.mark.parametrize(
     ("at", "what"),
     [("get", "raises"), ("get", "fails"), ("get", "corrupt"), ("get", "short"), ("get", "hangs"),
