@@ -85,6 +85,9 @@ def trace(llm: Any, prompts: list[list[int]], max_tokens: int, every: int) -> li
 def run(asked: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
+    from kvmem.integrations.vllm import register
+
+    register()  # as vLLM does by the entry point, where kvmem is installed
     llm = LLM(**asked["engine"])
     calls = {"generate": lambda *given: generate(llm, *given), "reset": llm.reset_prefix_cache,
              "abort": lambda *given: abort(llm, *given), "memory": memory,

@@ -50,6 +50,8 @@ class Engines:
             "model": str(self.folder), "dtype": "float32", "enforce_eager": True, "block_size": 32,
             "max_model_len": 512, "max_num_seqs": 8,
         } | given  # fmt: skip
+        if processes and transfer is not None:  # which know no name that this process has registered
+            transfer = transfer | {"kv_connector_module_path": "kvmem.integrations.vllm.connector"}
         if transfer is not None:
             engine["kv_transfer_config"] = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"} | transfer
         asked = {"engine": engine, "steps": steps}
@@ -61,10 +63,7 @@ class Engines:
 
 
 def kvmem(**options: Any) -> dict[str, Any]:
-    return {
-        "kv_connector": "KvmemConnector", "kv_connector_module_path": "kvmem.integrations.vllm.connector",
-        "kv_connector_extra_config": options,
-    }  # fmt: skip
+    return {"kv_connector": "KvmemConnector", "kv_connector_extra_config": options}
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +131,7 @@ def test_resident_memory_follows_the_tokens_in_use(engines: Engines, scheduler: 
 
 def test_offloading_on_a_cpu_with_kvmems_policy(engines: Engines) -> None:
     generate = ["generate", engines.prompts, NEW]
-    options = {"spec_name": "KvmemOffloadingSpec", "spec_module_path": "kvmem.integrations.vllm.offloading",
-               "cpu_bytes_to_use": "40MiB"}  # fmt: skip
+    options = {"spec_name": "KvmemOffloadingSpec", "cpu_bytes_to_use": "40MiB"}
     transfer = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": options}
     answers = engines.run(
         transfer, [generate, ["reset"], generate, ["abort", engines.prompts, 2], ["reset"], generate]
