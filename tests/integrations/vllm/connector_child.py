@@ -43,6 +43,9 @@ def generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, A
 
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     done = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    while core is not None and core.scheduler.has_requests():  # an engine in another process goes on by itself
+        llm.llm_engine.step()
     return {
         "tokens": [list(one.outputs[0].token_ids) for one in done],
         "cached": [one.num_cached_tokens for one in done],
