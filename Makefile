@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -73,6 +73,11 @@ events-peers: $(READY)  ## SGLang's event classes, from its package: tests/event
 # 177 MB, 22 s, of which 2.4 MB are kept. What is there is not fetched again.
 kernel-peers: $(READY)  ## FlashInfer's and FlashAttention's interfaces, oldest and newest: tests/kernels/test_kernels_published.py
 	$(PY) tests/kernels/kernel_peers.py build/published
+
+# 190 MB, of which one shared object and one folder are kept (280 MB). What is there is not fetched again. vLLM's needs
+# Debian's libnuma1.
+cpu-kernel-peers: $(READY)  ## vLLM's and OpenVINO's kernels for CPUs: tests/kernels/test_kernels_head_major.py
+	PYTHONPATH=. $(PY) tests/kernels/cpu_peers.py build/peers/kernels
 
 # 300 MB with what it imports, and it declares an older transformers: a folder of its own, behind the environment's.
 kvpress-peers: $(READY)  ## kvpress, whose presses drive lanes: tests/layouts/test_kvpress.py
