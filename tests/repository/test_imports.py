@@ -28,7 +28,7 @@ LEVELS: dict[str, int] = {
             "memory geometry events",
             "tiers",
             "allocator",
-            "kernels",
+            "kernels distributed",
             "layouts",
             "chunks selectors near",
             "integrations plan",
