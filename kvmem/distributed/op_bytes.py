@@ -1,7 +1,7 @@
 """Lists of ops as bytes, for a wire: column by column, each number in as few bytes as the column needs.
 
-A decode step of a rank group is mostly ``length`` and ``commit`` records with small numbers: 6 to 9 bytes each instead of
-the 41 of plain integers, at one numpy call a column.
+A decode step of a rank group is mostly ``length`` and ``commit`` records with small numbers: 6 to 9 bytes each
+instead of the 41 of plain integers, at one numpy call a column.
 """
 
 from __future__ import annotations

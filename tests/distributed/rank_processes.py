@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
-import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
-from unittest.mock import patch
 
 import torch.distributed as dist
+from processes import PROCESSES, kill, start
 
 import kvmem
 
 PAGE = 65_536
-_PROCESSES = mp.get_context("forkserver")  # imports torch and the tests once, for all processes of all tests
-_PROCESSES.set_forkserver_preload(["torch.distributed", "test_rank_group"])
 
 
 def make(backend: str, leads: bool, **options: Any) -> kvmem.Allocator:
@@ -39,7 +34,7 @@ def _main(port: int, rank: int, ranks: int, work: Callable[..., Any], args: tupl
         out.send(("done", work(rank, *args)))
     except kvmem.errors.KVMemError as error:
         out.send((type(error).__name__, str(error)))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  the test shows it
         out.send(("broken", traceback.format_exc()))
     out.recv()  # stays alive, with its connections, until all have answered: none is noticed because it ended
     os._exit(0)
@@ -53,16 +48,9 @@ def run(ranks: int, work: Callable[..., Any], *args: Any, wait: float = 60.0, de
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where the server finds them
-        forkserver.ensure_running()
-    pipes = [_PROCESSES.Pipe() for _ in range(ranks)]
-    processes = [
-        _PROCESSES.Process(target=_main, args=(port, rank, ranks, work, args, pipes[rank][1]), daemon=True)
-        for rank in range(ranks)
-    ]
+    pipes = [PROCESSES.Pipe() for _ in range(ranks)]
+    processes = [start(_main, port, rank, ranks, work, args, theirs) for rank, (_, theirs) in enumerate(pipes)]
     try:
-        for process in processes:
-            process.start()
         for _, theirs in pipes:
             theirs.close()
         found: dict[int, tuple[str, Any]] = {dead: ("dead", None)}
@@ -75,6 +63,4 @@ def run(ranks: int, work: Callable[..., Any], *args: Any, wait: float = 60.0, de
         return [found[rank] for rank in range(ranks)]
     finally:
         for process in processes:
-            if process.is_alive():
-                os.kill(process.pid or 0, signal.SIGKILL)
-            process.join()
+            kill(process)

@@ -1,0 +1,99 @@
+"""The transport of Mooncake (FAST 2025): its transfer engine, over RDMA or TCP."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvmem.arguments import check_size
+from kvmem.errors import SpecError, TierError
+from kvmem.tiers.base import Buffer
+from kvmem.transport.base import Remote, ScratchRemote, Transport, address_of, fields_of
+
+__all__ = ["MooncakeTransport"]
+
+
+class MooncakeTransport(Transport):
+    """Reads by Mooncake's transfer engine, from and to host memory, without a metadata server.
+
+    host: this machine, as others reach it. protocol, devices: Mooncake's. scratch_bytes: registered memory of each
+    ``Remote``; longer reads take several rounds. The engine cannot take a transfer back, and writes a log to the
+    standard error. ``SpecError`` without the package ``mooncake``. Tested: 0.3.13 over TCP.
+    """
+
+    name = "mooncake"
+
+    def __init__(
+        self, host: str = "127.0.0.1", *, protocol: str = "tcp", devices: str = "", scratch_bytes: int = 16 << 20
+    ) -> None:
+        try:
+            from mooncake.engine import TransferEngine
+        except ImportError as e:  # also without a library that it is linked to
+            raise SpecError(
+                f"MooncakeTransport needs the package mooncake-transfer-engine: pip install 'kvmem[mooncake]', and "
+                f"Debian's libibverbs1 ({e})"
+            ) from e
+        self._bytes = check_size("scratch_bytes", scratch_bytes, 4096)
+        self._lock = threading.Lock()
+        self._engine: Any = TransferEngine()
+        if code := self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices):
+            raise TierError(f"Mooncake's transfer engine refused to start at {host} with code {code}; its log says why")
+        self._segment = f"{host}:{self._engine.get_rpc_port()}"
+        self._registered: list[tuple[int, Buffer]] = []
+
+    def expose(self, memory: Buffer) -> bytes:
+        return address_of(self.name, segment=self._segment, at=self._register(memory), bytes=len(memory))
+
+    def connect(self, address: bytes) -> Remote:
+        found = fields_of(address, self.name, segment=str, at=int, bytes=int)
+        scratch = memoryview(mmap.mmap(-1, self._bytes)).cast("B")
+        return _MooncakeRemote(self, found["segment"], found["at"], found["bytes"], scratch, self._register(scratch))
+
+    def close(self) -> None:
+        with self._lock:
+            engine, self._engine = self._engine, None
+            for where, _ in self._registered if engine is not None else []:
+                engine.unregister_memory(where)
+            self._registered.clear()
+
+    def engine(self) -> Any:
+        """Return Mooncake's engine. ``TierError`` if the transport is closed."""
+        if (engine := self._engine) is None:
+            raise TierError("the transport is closed")
+        return engine
+
+    def _register(self, memory: Buffer) -> int:
+        where = np.frombuffer(memory, np.uint8).ctypes.data
+        with self._lock:
+            if code := self.engine().register_memory(where, len(memory)):
+                raise TierError(f"Mooncake did not register {len(memory)} bytes: code {code}; its log says why")
+            self._registered.append((where, memory))
+        return where
+
+
+class _MooncakeRemote(ScratchRemote[int]):
+    def __init__(
+        self, transport: MooncakeTransport, segment: str, at: int, num_bytes: int, scratch: Buffer, scratch_at: int
+    ) -> None:
+        super().__init__(f"Mooncake's segment {segment}", num_bytes, scratch)
+        self._engine, self._segment, self._at, self._scratch_at = transport.engine, segment, at, scratch_at
+
+    def _begin(self, offsets: Sequence[int], at: Sequence[int], lengths: Sequence[int]) -> int:
+        here, there = [self._scratch_at + i for i in at], [self._at + i for i in offsets]
+        batch: int = self._engine().batch_transfer_async_read(self._segment, here, there, list(lengths))
+        if batch <= 0:
+            raise TierError(f"{self.where}: Mooncake could not start the transfer; its log says why")
+        return batch
+
+    def _ended(self, transfer: int) -> bool:
+        state = self._engine().transfer_check_status(transfer)
+        if state < 0:
+            raise TierError(f"{self.where}: the transfer failed with code {state}; Mooncake's log says why")
+        return bool(state)
+
+    def _cancel(self, transfer: int) -> bool:
+        return False
