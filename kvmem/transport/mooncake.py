@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from kvmem.tiers.base import Buffer
 from kvmem.transport.base import Remote, ScratchRemote, Transport, address_of, fields_of
 
 __all__ = ["MooncakeTransport"]
+
+_UNDER_WAY: Final = 64  # parts at once; the engine refuses some more of them
 
 
 class MooncakeTransport(Transport):
@@ -75,25 +77,45 @@ class MooncakeTransport(Transport):
         return where
 
 
-class _MooncakeRemote(ScratchRemote[int]):
+class _Parts:
+    """The parts of one read. Each is a batch of the engine: of a batch of several, its Python interface tells only
+    whether the first has ended.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        self.waiting = list(parts)  # offset here, offset there, length
+        self.under_way: list[int] = []
+        self.failed = False
+
+
+class _MooncakeRemote(ScratchRemote[_Parts]):
     def __init__(
         self, transport: MooncakeTransport, segment: str, at: int, num_bytes: int, scratch: Buffer, scratch_at: int
     ) -> None:
         super().__init__(f"Mooncake's segment {segment}", num_bytes, scratch)
         self._engine, self._segment, self._at, self._scratch_at = transport.engine, segment, at, scratch_at
 
-    def _begin(self, offsets: Sequence[int], at: Sequence[int], lengths: Sequence[int]) -> int:
-        here, there = [self._scratch_at + i for i in at], [self._at + i for i in offsets]
-        batch: int = self._engine().batch_transfer_async_read(self._segment, here, there, list(lengths))
-        if batch <= 0:
-            raise TierError(f"{self.where}: Mooncake could not start the transfer; its log says why")
-        return batch
+    def _begin(self, offsets: Sequence[int], at: Sequence[int], lengths: Sequence[int]) -> _Parts:
+        return _Parts(list(zip(at, offsets, lengths, strict=True)))
 
-    def _ended(self, transfer: int) -> bool:
-        state = self._engine().transfer_check_status(transfer)
-        if state < 0:
-            raise TierError(f"{self.where}: the transfer failed with code {state}; Mooncake's log says why")
-        return bool(state)
+    def _ended(self, transfer: _Parts) -> bool:
+        engine = self._engine()
+        for batch in transfer.under_way[:]:
+            if (state := engine.transfer_check_status(batch)) != 0:
+                transfer.under_way.remove(batch)  # the engine has forgotten it
+                transfer.failed |= state < 0
+        while transfer.waiting and not transfer.failed and len(transfer.under_way) < _UNDER_WAY:
+            here, there, length = transfer.waiting.pop()
+            here, there = self._scratch_at + here, self._at + there
+            batch = engine.batch_transfer_async_read(self._segment, [here], [there], [length])
+            if batch > 0:
+                transfer.under_way.append(batch)
+            else:
+                transfer.failed = True
+        if transfer.failed and not transfer.under_way:
+            raise TierError(f"{self.where}: the transfer failed; Mooncake's log says why")
+        return not transfer.under_way
 
-    def _cancel(self, transfer: int) -> bool:
-        return False
+    def _cancel(self, transfer: _Parts) -> bool:
+        transfer.waiting.clear()
+        return not transfer.under_way

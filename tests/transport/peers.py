@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from processes import PROCESSES, kill, start
 from tier_suite import LARGEST, key_of, payload_of, put
@@ -58,7 +59,7 @@ def capacity_of(blocks: int, block_bytes: int = LARGEST) -> int:
 
 def pattern(count: int, seed: int) -> bytes:
     """Bytes of which no two places within reach of each other look the same."""
-    return b"".join(((seed << 40) + 8 * i).to_bytes(8, "little") for i in range(-(-count // 8)))[:count]
+    return (np.arange(-(-count // 8), dtype="<u8") * 8 + seed).tobytes()[:count]
 
 
 def _expose(kind: str, count: int, seed: int, pipe: Connection) -> None:
