@@ -37,7 +37,7 @@ class ExposedTier(Tier):
         if not isinstance(transport, Transport):
             raise SpecError(f"transport: got {type(transport).__name__}; must be a kvmem.transport.Transport")
         self._at = Directory.of(parse_bytes("capacity", capacity), check_size("block_bytes", block_bytes))
-        self._block_bytes = block_bytes
+        self._block_bytes, self._transport = block_bytes, transport  # kept: the memory is exposed as long as it lives
         self._memory = memoryview(mmap.mmap(-1, self._at.num_bytes)).cast("B")
         self._lock = threading.Lock()
         self._where: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # key: slot, offset of its entry; oldest first
