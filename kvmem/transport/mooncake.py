@@ -45,7 +45,7 @@ class MooncakeTransport(Transport):
         if code := self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices):
             raise TierError(f"Mooncake's transfer engine refused to start at {host} with code {code}; its log says why")
         self._segment = f"{host}:{self._engine.get_rpc_port()}"
-        self._registered: list[tuple[int, Buffer]] = []
+        self._registered: dict[int, Buffer] = {}  # by address
 
     def expose(self, memory: Buffer) -> bytes:
         return address_of(self.name, segment=self._segment, at=self._register(memory), bytes=len(memory))
@@ -58,9 +58,8 @@ class MooncakeTransport(Transport):
     def close(self) -> None:
         with self._lock:
             engine, self._engine = self._engine, None
-            for where, _ in self._registered if engine is not None else []:
-                engine.unregister_memory(where)
-            self._registered.clear()
+            while self._registered:
+                engine.unregister_memory(self._registered.popitem()[0])
 
     def engine(self) -> Any:
         """Return Mooncake's engine. ``TierError`` if the transport is closed."""
@@ -73,8 +72,15 @@ class MooncakeTransport(Transport):
         with self._lock:
             if code := self.engine().register_memory(where, len(memory)):
                 raise TierError(f"Mooncake did not register {len(memory)} bytes: code {code}; its log says why")
-            self._registered.append((where, memory))
+            self._registered[where] = memory
         return where
+
+    def forget(self, where: int) -> None:
+        """Deregister memory, unless the transport has been closed."""
+        with self._lock:
+            if where in self._registered:
+                self.engine().unregister_memory(where)
+                del self._registered[where]
 
 
 class _Parts:
@@ -93,7 +99,8 @@ class _MooncakeRemote(ScratchRemote[_Parts]):
         self, transport: MooncakeTransport, segment: str, at: int, num_bytes: int, scratch: Buffer, scratch_at: int
     ) -> None:
         super().__init__(f"Mooncake's segment {segment}", num_bytes, scratch)
-        self._engine, self._segment, self._at, self._scratch_at = transport.engine, segment, at, scratch_at
+        self._transport, self._engine = transport, transport.engine
+        self._segment, self._at, self._scratch_at = segment, at, scratch_at
 
     def _begin(self, offsets: Sequence[int], at: Sequence[int], lengths: Sequence[int]) -> _Parts:
         return _Parts(list(zip(at, offsets, lengths, strict=True)))
@@ -115,6 +122,10 @@ class _MooncakeRemote(ScratchRemote[_Parts]):
         if transfer.failed and not transfer.under_way:
             raise TierError(f"{self.where}: the transfer failed; Mooncake's log says why")
         return not transfer.under_way
+
+    def _release(self) -> None:
+        if self._left is None:  # else it may still be written to
+            self._transport.forget(self._scratch_at)
 
     def _cancel(self, transfer: _Parts) -> bool:
         transfer.waiting.clear()

@@ -38,7 +38,7 @@ class NixlTransport(Transport):
         self._agent: Any = nixl_agent(f"kvmem-{secrets.token_hex(8)}", nixl_agent_config(backends=[backend]))
         if backend not in self._agent.backends:
             raise SpecError(f"backend: got {backend!r}; NIXL has {self._agent.plugin_list}")
-        self._registered: list[tuple[Any, Buffer]] = []
+        self._registered: dict[int, tuple[Any, Buffer]] = {}  # by address
 
     def expose(self, memory: Buffer) -> bytes:
         where = self._register(memory)
@@ -63,17 +63,22 @@ class NixlTransport(Transport):
     def close(self) -> None:
         with self._lock:
             agent, self._agent = self._agent, None
-            for descriptors, _ in self._registered if agent is not None else []:
-                agent.deregister_memory(descriptors)
-            self._registered.clear()
+            while self._registered:
+                agent.deregister_memory(self._registered.popitem()[1][0])
 
     def _register(self, memory: Buffer) -> int:
         where = np.frombuffer(memory, np.uint8).ctypes.data
         with self._lock:
             if self._agent is None:
                 raise TierError("the transport is closed")
-            self._registered.append((self._agent.register_memory([(where, len(memory), 0, "")], "DRAM"), memory))
+            self._registered[where] = self._agent.register_memory([(where, len(memory), 0, "")], "DRAM"), memory
         return where
+
+    def forget(self, where: int) -> None:
+        """Deregister memory, unless the transport has been closed."""
+        with self._lock:
+            if where in self._registered:
+                self._agent.deregister_memory(self._registered.pop(where)[0])
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a function of the agent. ``TierError`` for whatever it raises."""
@@ -91,7 +96,8 @@ class _NixlRemote(ScratchRemote[Any]):
         self, transport: NixlTransport, peer: str, at: int, num_bytes: int, scratch: Buffer, scratch_at: int
     ) -> None:
         super().__init__(f"NIXL's agent {peer}", num_bytes, scratch)
-        self._call, self._peer, self._at, self._scratch_at = transport.call, peer, at, scratch_at
+        self._transport, self._call = transport, transport.call
+        self._peer, self._at, self._scratch_at = peer, at, scratch_at
 
     def _begin(self, offsets: Sequence[int], at: Sequence[int], lengths: Sequence[int]) -> Any:
         here, there = (
@@ -111,6 +117,10 @@ class _NixlRemote(ScratchRemote[Any]):
             raise TierError(f"{self.where}: the transfer failed")
         self._call("release_xfer_handle", transfer)
         return True
+
+    def _release(self) -> None:
+        if self._left is None:  # else it may still be written to
+            self._transport.forget(self._scratch_at)
 
     def _cancel(self, transfer: Any) -> bool:
         try:

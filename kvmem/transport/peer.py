@@ -70,7 +70,7 @@ class PeerTier(RemoteTier):
         parts = [(self._at.slot_at(slots[n]), min(sizes[n], self._at.slot_bytes)) for n in there]
         found: list[Record] = [None] * len(names)
         for n, data in zip(there, self._remote.read(parts, call.deadline - time.monotonic()), strict=True):
-            length = payload_bytes(data, _key(names[n]))
+            length = payload_bytes(memoryview(data), _key(names[n]))
             if isinstance(length, int):
                 found[n] = memoryview(data)[: HEADER_BYTES + length]
         return found  # a slot whose header is not the key's is being written: a miss
@@ -85,7 +85,8 @@ class PeerTier(RemoteTier):
         return [Capacity(self._at.slots * self._at.slot_bytes, 0, 0)]
 
     def _release(self, idle: bool) -> None:
-        """The transport closes its connections."""
+        if idle:
+            self._remote.close()
 
 
 def _key(name: str) -> bytes:

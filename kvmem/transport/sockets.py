@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -43,7 +43,7 @@ class SocketTransport(Transport):
         self._memory: list[Buffer] = []
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
-        self._remotes: list[_SocketRemote] = []
+        self._remotes: set[_SocketRemote] = set()  # that were not closed
         self._closed = False
 
     def expose(self, memory: Buffer) -> bytes:
@@ -72,8 +72,8 @@ class SocketTransport(Transport):
         if len(token) != 16:
             raise SpecError("address: its token is damaged")
         remote = _SocketRemote(found["host"], found["port"], token, found["memory"], found["bytes"])
-        with self._lock:
-            self._remotes.append(remote)
+        remote.forget = self._remotes.discard
+        self._remotes.add(remote)
         return remote
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class SocketTransport(Transport):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
-        for remote in self._remotes:
+        for remote in list(self._remotes):
             remote.hang_up()
 
     def _accept(self, listener: socket.socket) -> None:
@@ -126,6 +126,7 @@ class _SocketRemote(Remote):
     def __init__(self, host: str, port: int, token: bytes, memory: int, num_bytes: int) -> None:
         super().__init__(f"{host}:{port}", num_bytes)
         self._place, self._token, self._memory = (host, port), token, memory
+        self.forget: Callable[[_SocketRemote], object]
         self._socket: socket.socket | None = None
 
     def _fill(self, pieces: Sequence[Piece], end: float) -> None:
@@ -148,6 +149,10 @@ class _SocketRemote(Remote):
         self._socket.sendall(asked + b"".join(_PART.pack(offset, len(buffer)) for offset, buffer in pieces))
         for _, buffer in pieces:
             _receive(self._socket, buffer, end)
+
+    def _release(self) -> None:
+        self.hang_up()
+        self.forget(self)
 
     def hang_up(self) -> None:
         connection, self._socket = self._socket, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -98,11 +99,15 @@ def test_a_rank_whose_driver_fails_stops_all_with_one_error(backend: str) -> Non
 
 
 def the_leader_fails(rank: int, backend: str) -> Any:
-    options: dict[str, Any] = {}
+    """Ranks 2 and 1 of three are a group, in which rank 2 leads."""
+    own = torch.distributed.new_group([1, 2], timedelta(seconds=LONG), backend="gloo")
     if rank == 0:
+        return None
+    options: dict[str, Any] = {}
+    if rank == 2:
         options["driver"] = driver = checked()
-    with make(backend, rank == 0, **options) as alloc, RankGroup(alloc, timeout_seconds=LONG) as group:
-        if rank:
+    with make(backend, rank == 2, **options) as alloc, RankGroup(alloc, group=own, leader=1) as group:
+        if rank == 1:
             while group.follow() is not None:
                 pass
             return digest(alloc)
@@ -124,8 +129,8 @@ def the_leader_fails(rank: int, backend: str) -> Any:
 
 
 def test_what_fails_on_the_leader_changes_nothing_anywhere(backend: str) -> None:
-    found = run(2, the_leader_fails, backend)
-    assert found[0][0] == "done" and found[0] == found[1], found
+    found = run(3, the_leader_fails, backend)
+    assert [status for status, _ in found] == ["done"] * 3 and found[1] == found[2], found
 
 
 def one_dies(rank: int, place: int, how: int, seconds: float) -> str:
@@ -184,3 +189,25 @@ def test_arguments_are_checked() -> None:
     assert not torch.distributed.is_initialized()
     with make("paged", True) as alloc, pytest.raises(kvmem.SpecError, match="init_process_group"):
         RankGroup(alloc)
+
+
+def wrong_arguments(rank: int) -> None:
+    with make("paged", True) as alloc:
+        for options, words in [
+            ({"leader": 1}, "leader"), ({"timeout_seconds": 0}, "timeout_seconds"), ({"group": 3}, "gloo group"),
+            ({"timeout_seconds": float("nan")}, "timeout_seconds"),
+        ]:  # fmt: skip
+            with pytest.raises(kvmem.SpecError, match=words):
+                RankGroup(alloc, **options)
+        with pytest.raises(kvmem.SpecError, match="must be an Allocator"):
+            RankGroup(alloc.spec)  # type: ignore[arg-type]
+        with RankGroup(alloc) as group:  # of one rank
+            alloc.sequence().extend(5)
+            group.lead(bytes(20_000))
+            assert group.step == 1 and group.step_bytes > 20_000
+        with pytest.raises(kvmem.SpecError, match="closed"):
+            group.lead()
+
+
+def test_a_group_of_one_and_wrong_arguments() -> None:
+    assert run(1, wrong_arguments) == [("done", None)]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from peers import KINDS, capacity_of, exposed_tier, need, open_transport
 from tier_suite import LARGEST, TierSuite, get, key_of, payload_of, put
+from transport_peers import KINDS, capacity_of, exposed_tier, need, open_transport
 
 from kvmem.errors import SpecError
 from kvmem.tiers import Result, Status, Tier

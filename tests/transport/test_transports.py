@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from peers import KINDS, exposed, need, open_transport, pattern
+from transport_peers import KINDS, exposed, need, open_transport, pattern
 
 from kvmem.errors import SpecError, TierError
 from kvmem.transport import Transport
