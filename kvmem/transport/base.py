@@ -8,21 +8,25 @@ reads must be able to tell from the bytes (Pilaf, USENIX ATC 2013: self-verifyin
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from kvmem.arguments import brief
+import numpy as np
+
+from kvmem.arguments import brief, check_size
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.base import Buffer
 
-__all__ = ["Piece", "Remote", "ScratchRemote", "Transport", "address_of", "fields_of"]
+__all__ = ["Piece", "RegisteredTransport", "Remote", "ScratchRemote", "Transport", "address_of", "fields_of"]
 
 Piece = tuple[int, Buffer]
 """An offset in the remote memory, and where its bytes go."""
 _POLL_SECONDS: Final = 0.0002
+Registration = TypeVar("Registration")
 Transfer = TypeVar("Transfer")
 
 
@@ -105,6 +109,52 @@ class Remote(ABC):
         """Close connections and release memory."""
 
 
+class RegisteredTransport(Transport, Generic[Registration]):
+    """A transport whose client has to be told of memory, on both sides, before it moves bytes."""
+
+    def __init__(self, scratch_bytes: int) -> None:
+        self.scratch_bytes = check_size("scratch_bytes", scratch_bytes, 4096)
+        self._lock = threading.Lock()
+        self._registered: dict[int, tuple[Registration, Buffer]] = {}  # by address; keeps the memory alive
+        self._closed = False
+
+    @abstractmethod
+    def _enter(self, where: int, num_bytes: int) -> Registration:
+        """Tell the client of memory. REQUIRES ``_lock``, as the next two do."""
+
+    @abstractmethod
+    def _leave(self, where: int, registration: Registration) -> None:
+        """Tell the client that it is gone."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Close the client."""
+
+    def register(self, memory: Buffer) -> int:
+        """Return the address of the memory, which the client knows from now on."""
+        where = np.frombuffer(memory, np.uint8).ctypes.data
+        with self._lock:
+            if self._closed:
+                raise TierError("the transport is closed")
+            self._registered[where] = self._enter(where, len(memory)), memory
+        return int(where)
+
+    def forget(self, where: int) -> None:
+        """Deregister memory, unless that has been done."""
+        with self._lock:
+            if where in self._registered:
+                self._leave(where, self._registered.pop(where)[0])
+
+    def close(self) -> None:
+        with self._lock:
+            closed, self._closed = self._closed, True
+            while self._registered:
+                where, (registration, _) = self._registered.popitem()
+                self._leave(where, registration)
+            if not closed:
+                self._end()
+
+
 class ScratchRemote(Remote, Generic[Transfer]):
     """A remote whose client writes to registered memory only: reads go to a scratch, and are copied out of it.
 
@@ -112,9 +162,11 @@ class ScratchRemote(Remote, Generic[Transfer]):
     the next one waits until that transfer has ended, and fails if it does not.
     """
 
-    def __init__(self, where: str, num_bytes: int, scratch: Buffer) -> None:
+    def __init__(self, transport: RegisteredTransport[Any], where: str, num_bytes: int) -> None:
         super().__init__(where, num_bytes)
-        self._scratch = scratch
+        self._scratch = memoryview(mmap.mmap(-1, transport.scratch_bytes)).cast("B")
+        self._scratch_at = transport.register(self._scratch)
+        self._forget = transport.forget
         self._left: Transfer | None = None  # given up, and perhaps still writing
 
     @abstractmethod
@@ -128,6 +180,10 @@ class ScratchRemote(Remote, Generic[Transfer]):
     @abstractmethod
     def _cancel(self, transfer: Transfer) -> bool:
         """Give the transfer up; return whether it writes nothing any more."""
+
+    def _release(self) -> None:
+        if self._left is None:  # else it may still be written to
+            self._forget(self._scratch_at)
 
     def _fill(self, pieces: Sequence[Piece], end: float) -> None:
         if self._left is not None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import mmap
-import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
-
-from kvmem.arguments import check_size
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.base import Buffer
-from kvmem.transport.base import Remote, ScratchRemote, Transport, address_of, fields_of
+from kvmem.transport.base import RegisteredTransport, Remote, ScratchRemote, address_of, fields_of
 
 __all__ = ["MooncakeTransport"]
 
 _UNDER_WAY: Final = 64  # parts at once; the engine refuses some more of them
 
 
-class MooncakeTransport(Transport):
+class MooncakeTransport(RegisteredTransport[None]):
     """Reads by Mooncake's transfer engine, from and to host memory, without a metadata server.
 
     host: this machine, as others reach it. protocol, devices: Mooncake's. scratch_bytes: registered memory of each
@@ -39,48 +34,34 @@ class MooncakeTransport(Transport):
                 f"MooncakeTransport needs the package mooncake-transfer-engine: pip install 'kvmem[mooncake]', and "
                 f"Debian's libibverbs1 ({e})"
             ) from e
-        self._bytes = check_size("scratch_bytes", scratch_bytes, 4096)
-        self._lock = threading.Lock()
+        super().__init__(scratch_bytes)
         self._engine: Any = TransferEngine()
         if code := self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices):
             raise TierError(f"Mooncake's transfer engine refused to start at {host} with code {code}; its log says why")
         self._segment = f"{host}:{self._engine.get_rpc_port()}"
-        self._registered: dict[int, Buffer] = {}  # by address
 
     def expose(self, memory: Buffer) -> bytes:
-        return address_of(self.name, segment=self._segment, at=self._register(memory), bytes=len(memory))
+        return address_of(self.name, segment=self._segment, at=self.register(memory), bytes=len(memory))
 
     def connect(self, address: bytes) -> Remote:
         found = fields_of(address, self.name, segment=str, at=int, bytes=int)
-        scratch = memoryview(mmap.mmap(-1, self._bytes)).cast("B")
-        return _MooncakeRemote(self, found["segment"], found["at"], found["bytes"], scratch, self._register(scratch))
-
-    def close(self) -> None:
-        with self._lock:
-            engine, self._engine = self._engine, None
-            while self._registered:
-                engine.unregister_memory(self._registered.popitem()[0])
+        return _MooncakeRemote(self, found["segment"], found["at"], found["bytes"])
 
     def engine(self) -> Any:
         """Return Mooncake's engine. ``TierError`` if the transport is closed."""
-        if (engine := self._engine) is None:
+        if self._closed:
             raise TierError("the transport is closed")
-        return engine
+        return self._engine
 
-    def _register(self, memory: Buffer) -> int:
-        where = np.frombuffer(memory, np.uint8).ctypes.data
-        with self._lock:
-            if code := self.engine().register_memory(where, len(memory)):
-                raise TierError(f"Mooncake did not register {len(memory)} bytes: code {code}; its log says why")
-            self._registered[where] = memory
-        return where
+    def _enter(self, where: int, num_bytes: int) -> None:
+        if code := self._engine.register_memory(where, num_bytes):
+            raise TierError(f"Mooncake did not register {num_bytes} bytes: code {code}; its log says why")
 
-    def forget(self, where: int) -> None:
-        """Deregister memory, unless the transport has been closed."""
-        with self._lock:
-            if where in self._registered:
-                self.engine().unregister_memory(where)
-                del self._registered[where]
+    def _leave(self, where: int, registration: None) -> None:
+        self._engine.unregister_memory(where)
+
+    def _end(self) -> None:
+        self._engine = None
 
 
 class _Parts:
@@ -95,12 +76,9 @@ class _Parts:
 
 
 class _MooncakeRemote(ScratchRemote[_Parts]):
-    def __init__(
-        self, transport: MooncakeTransport, segment: str, at: int, num_bytes: int, scratch: Buffer, scratch_at: int
-    ) -> None:
-        super().__init__(f"Mooncake's segment {segment}", num_bytes, scratch)
-        self._transport, self._engine = transport, transport.engine
-        self._segment, self._at, self._scratch_at = segment, at, scratch_at
+    def __init__(self, transport: MooncakeTransport, segment: str, at: int, num_bytes: int) -> None:
+        super().__init__(transport, f"Mooncake's segment {segment}", num_bytes)
+        self._engine, self._segment, self._at = transport.engine, segment, at
 
     def _begin(self, offsets: Sequence[int], at: Sequence[int], lengths: Sequence[int]) -> _Parts:
         return _Parts(list(zip(at, offsets, lengths, strict=True)))
@@ -122,10 +100,6 @@ class _MooncakeRemote(ScratchRemote[_Parts]):
         if transfer.failed and not transfer.under_way:
             raise TierError(f"{self.where}: the transfer failed; Mooncake's log says why")
         return not transfer.under_way
-
-    def _release(self) -> None:
-        if self._left is None:  # else it may still be written to
-            self._transport.forget(self._scratch_at)
 
     def _cancel(self, transfer: _Parts) -> bool:
         transfer.waiting.clear()

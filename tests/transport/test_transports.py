@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from transport_peers import KINDS, exposed, need, open_transport, pattern
@@ -92,6 +93,8 @@ def test_a_peer_that_hangs_and_comes_back(transport: Transport, seed: int) -> No
         remote = transport.connect(address)
         assert remote.read([(0, 8)], SOON) == [content[:8]]
         os.kill(process.pid, signal.SIGSTOP)
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            pass
         for _ in range(2):
             with pytest.raises(TierError):
                 remote.read([(0, BYTES)], 0.2)
