@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, NoReturn
@@ -75,13 +76,13 @@ class RankGroup:
             raise SpecError(f"alloc: got {brief(alloc)}; must be an Allocator")
         if isinstance(timeout_seconds, bool) or not 0.01 <= timeout_seconds <= 86_400:
             raise SpecError(f"timeout_seconds: got {timeout_seconds!r}; must be from 0.01 to a day")
-        if group is None:
-            group = dist.new_group(timeout=timedelta(seconds=timeout_seconds), backend="gloo")
-        elif not isinstance(group, dist.ProcessGroup) or "gloo" not in dist.get_backend(group):
+        if group is not None and not (isinstance(group, dist.ProcessGroup) and "gloo" in dist.get_backend(group)):
             raise SpecError(f"group: got {brief(group)}; must be a gloo group with this rank in it, or None")
-        self._group: Any = group
         self.alloc, self.rank, self.ranks = alloc, dist.get_rank(group), dist.get_world_size(group)
         self._leader, self.leads = check_size("leader", leader, 0, self.ranks - 1), self.rank == leader
+        if group is None:
+            group = dist.new_group(timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+        self._group: Any = group
         self.step, self.step_bytes, self._stopped = 0, 0, ""
         self._source = dist.get_global_rank(group, leader)
         self._compare()
@@ -253,7 +254,8 @@ class RankGroup:
         """Close the connections, so that ranks that wait for this one do not wait for the timeout."""
         group, self._group = self._group, None
         if group is not None:
-            dist.destroy_process_group(group)
+            with suppress(RuntimeError, ValueError):  # the caller has ended torch.distributed before
+                dist.destroy_process_group(group)
 
 
 def _text(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kvmem.arguments import check_size, parse_bytes
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.base import Buffer, Capacity, Result, Status, Tier, check_batch
-from kvmem.tiers.record import HEADER_BYTES, header_of, verify
+from kvmem.tiers.record import HEADER_BYTES, header_of, payload_bytes, verify
 from kvmem.transport.base import Transport
 from kvmem.transport.directory import ENTRY, Directory
 
@@ -89,7 +89,9 @@ class ExposedTier(Tier):
         self._where.move_to_end(key)
         at = self._at.slot_at(self._where[key][0])
         header = bytes(self._memory[at : at + HEADER_BYTES])
-        size = int.from_bytes(header[48:56], "little")
+        size = payload_bytes(header, key)
+        if isinstance(size, str):
+            return Result(Status.CORRUPT, 0, size)
         if size > len(buffer):
             return Result(Status.MISS, 0, f"the payload has {size} bytes, and the buffer {len(buffer)}")
         buffer[:size] = self._memory[at + HEADER_BYTES : at + HEADER_BYTES + size]

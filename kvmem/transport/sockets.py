@@ -105,8 +105,8 @@ class SocketTransport(Transport):
         """Answer requests until one is wrong, or the reader is gone."""
         with suppress(OSError, ValueError), connection:  # ValueError: the memory was released meanwhile
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(_STALLED_SECONDS)  # until it has shown that it knows the token
             while True:
-                connection.settimeout(None)
                 token, which, count = _HEAD.unpack(_received(connection, _HEAD.size))
                 if not hmac.compare_digest(token, self._token) or which >= len(self._memory) or count > _MOST_PARTS:
                     break
@@ -116,6 +116,7 @@ class SocketTransport(Transport):
                     break
                 for offset, length in parts:
                     connection.sendall(memory[offset : offset + length])
+                connection.settimeout(None)
         with self._lock:
             self._open.discard(connection)
 

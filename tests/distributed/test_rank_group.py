@@ -163,6 +163,41 @@ def test_a_rank_that_hangs_stops_the_others_after_the_timeout() -> None:
     assert all("did not answer in time" in found[rank][1] for rank in (0, 2))
 
 
+def code_around_it_fails(rank: int, place: int) -> str:
+    """Ends one group by an error of the caller's own on one rank; a new one of new allocators works."""
+    found = ""
+    with make("paged", rank == 0) as alloc:
+        try:
+            with RankGroup(alloc, timeout_seconds=LONG) as group:
+                for step in range(4):
+                    if group.leads:
+                        alloc.sequence().extend(3)
+                        group.lead()
+                    else:
+                        assert group.follow() == b""
+                    if rank == place and step == 1:
+                        raise ZeroDivisionError("not our concern")
+        except (kvmem.DeviceError, ZeroDivisionError) as error:
+            found = type(error).__name__ + str(error)
+    with make("virtual", rank == 0) as alloc, RankGroup(alloc, timeout_seconds=LONG) as group:
+        if group.leads:
+            alloc.sequence().extend(100)
+            group.lead(b"message")
+        else:
+            assert group.follow() == b"message" and group.follow() is None
+        assert [sequence.num_tokens for sequence in alloc.sequences()] == [100]
+    return found
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_of_the_caller_ends_the_group_and_a_new_one_works(place: int) -> None:
+    found = run(3, code_around_it_fails, place)
+    assert [status for status, _ in found] == ["done"] * 3, found
+    for rank, (_, text) in enumerate(found):
+        assert text.startswith("ZeroDivisionError" if rank == place else "DeviceError"), text
+        assert place or rank == 0 or "rank 0 has stopped: ZeroDivisionError: not our concern" in text
+
+
 def others(rank: int) -> list[str]:
     found = []
     for leads, options in ((rank == 0, {"max_tokens": 512}), (False, {}), (True, {"open": True})):
