@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
-NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near", "distributed", "transport"]  # parts of kvmem and of its tests that count apart
+# Parts of kvmem and of its tests that count apart.
+NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near", "distributed", "transport"]
 PARTS = [
     ("csrc without bindings and attend", ["csrc"], ["csrc/bindings", "csrc/attend"], 21_150),
     ("csrc/attend", ["csrc/attend"], [], 1_130),
@@ -34,17 +35,17 @@ PARTS = [
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
     ("kvmem/near", ["kvmem/near"], [], 1_500),
-    ("kvmem/distributed", ["kvmem/distributed"], [], 330),
+    ("kvmem/distributed", ["kvmem/distributed"], [], 335),
     ("kvmem/transport", ["kvmem/transport"], [], 955),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_120),
     ("benchmarks", ["benchmarks"], [], 2_905),
-    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in NEXT], 38_930),
+    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in NEXT], 38_985),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/near", ["tests/near"], [], 1_020),
-    ("tests/distributed", ["tests/distributed"], [], 340),
-    ("tests/transport", ["tests/transport"], [], 445),
+    ("tests/distributed", ["tests/distributed"], [], 375),
+    ("tests/transport", ["tests/transport"], [], 430),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
     ("tests/plan", ["tests/plan"], [], 1_890),
 ]
