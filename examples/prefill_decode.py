@@ -66,11 +66,11 @@ def prefill(kind, pipe):
 
 
 def main(kind="sockets"):
+    mine, theirs = mp.Pipe()
+    other = mp.get_context("fork").Process(target=prefill, args=(kind, theirs), daemon=True)  # spawn, on a GPU
+    other.start()
     expected = [generate(allocator("virtual"), prompt, STEPS)[0] for prompt in PROMPTS]
     assert min(len({*tokens}) for tokens in expected) > 5, "a text that says little"
-    mine, theirs = mp.get_context("spawn").Pipe()
-    other = mp.get_context("spawn").Process(target=prefill, args=(kind, theirs), daemon=True)
-    other.start()
     with PeerTier(transport(kind), mine.recv()) as peer, allocator("virtual", peer) as alloc:
         for number, cached in enumerate((144, 0)):
             mine.send(PROMPTS[number])
