@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean transport-peers
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -103,6 +103,16 @@ test-vllm: core $(VLLM)/.installed  ## vLLM's CPU build with kvmem in it: tests/
 $(VLLM)/.installed: tests/integrations/vllm/install_vllm.py kvmem/integrations/vllm/names.py
 	test -x $(VLLM)/bin/python || $(PY) -m venv $(VLLM)
 	$(VLLM)/bin/python tests/integrations/vllm/install_vllm.py
+	@touch $@
+
+# 115 MB; NIXL's packages ask for CUDA's, which its host memory does not need. Mooncake needs Debian's libibverbs1.
+TRANSPORTS := build/peers/transports
+transport-peers: $(TRANSPORTS)/.installed  ## NIXL and Mooncake's transfer engine: tests/transport
+
+$(TRANSPORTS)/.installed: $(READY)
+	rm -rf $(TRANSPORTS)
+	$(PIP) --no-compile --target $(TRANSPORTS) --no-deps nixl-cu12==1.5.1 nixl==1.5.1 \
+	  mooncake-transfer-engine-non-cuda==0.3.13.post1
 	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
-NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near"]  # parts of kvmem and of its tests that count apart
+# Parts of kvmem and of its tests that count apart.
+NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near", "distributed", "transport"]
 PARTS = [
     ("csrc without bindings and attend", ["csrc"], ["csrc/bindings", "csrc/attend"], 21_150),
     ("csrc/attend", ["csrc/attend"], [], 1_130),
@@ -24,10 +25,9 @@ PARTS = [
     (
         "kvmem without the next parts",
         ["kvmem"],
-        [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch", "kvmem/kernels"],
-        9_060,
+        [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch"],
+        11_340,
     ),
-    ("kvmem/kernels", ["kvmem/kernels"], [], 3_095),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 1_670),
     ("kvmem/selectors", ["kvmem/selectors"], [], 745),
@@ -35,13 +35,17 @@ PARTS = [
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
     ("kvmem/near", ["kvmem/near"], [], 1_500),
+    ("kvmem/distributed", ["kvmem/distributed"], [], 335),
+    ("kvmem/transport", ["kvmem/transport"], [], 955),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_120),
     ("benchmarks", ["benchmarks"], [], 2_905),
-    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in NEXT], 39_420),
+    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in NEXT], 38_985),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/near", ["tests/near"], [], 1_020),
+    ("tests/distributed", ["tests/distributed"], [], 375),
+    ("tests/transport", ["tests/transport"], [], 430),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
     ("tests/plan", ["tests/plan"], [], 1_890),
 ]
@@ -59,7 +63,7 @@ FULLER_FOLDERS = {
     "csrc/allocator": 16,
     "csrc/bindings": 16,
     "kvmem/bench": 21,
-    "kvmem/kernels": 18,
+    "kvmem/kernels": 16,
     "kvmem/layouts": 18,
     "tests/bench": 16,
     "tests/index": 16,
