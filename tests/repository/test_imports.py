@@ -57,7 +57,7 @@ OPTIONAL = {
         "msgpack",
         "rich",
     ),
-    *("transformers", "triton"),
+    *("sglang", "transformers", "triton"),
     *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
 }
 
