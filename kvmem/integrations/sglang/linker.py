@@ -232,6 +232,8 @@ class KVMemLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not re
     def reset(self) -> None:
         """Give up what is queued, wait for what is under way, as long as the deadlines allow, and forget completions.
         What is stored stays stored: SGLang flushes its cache this way."""
+        if self._closed:
+            return
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
         self._round += 1
@@ -273,7 +275,7 @@ def _pool_group(params: Any, components: set[Any]) -> Any:
     if type(pool) not in (MHATokenToKVPool, MLATokenToKVPool) or components != {ComponentType.FULL}:
         try:
             return resolve_hybrid_device_pool_group(kvcache=pool, page_size=page, params=params, components=components)
-        except ValueError as error:
+        except (ValueError, AssertionError, NotImplementedError) as error:  # SGLang has no such pools
             raise SpecError(f"kvmem's linker cannot serve this model: {error}") from error
     if params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
         raise SpecError("kvmem's linker does not serve speculative decoding on this model; start SGLang without")

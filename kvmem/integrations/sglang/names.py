@@ -16,7 +16,7 @@ VERSION: Final = "0.5.23"  # that the tests run
 def _names(table: str) -> tuple[str, ...]:
     """Return module:class.attribute for each line of a module below ``sglang.srt``, a class, and its attributes."""
     found = []
-    for module, owner, *attributes in (line.split() for line in table.strip().splitlines()):
+    for module, owner, *attributes in (line.split() for line in table.splitlines() if line):
         found += [f"sglang.srt.{module}:{owner}" + (f".{one}" if one else "") for one in attributes or [""]]
     return tuple(found)
 

@@ -126,7 +126,8 @@ class KVMemStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is not read 
     def _put(self, pool: str, keys: Sequence[str], pages: Sequence[torch.Tensor]) -> list[bool]:
         if self._store is None:
             return [False] * len(keys)
-        results = self._store.put(self._keys.of(pool, keys), [_bytes_of(page.contiguous()) for page in pages])
+        # Copies: a tier that answers late reads on, when SGLang may have given the host memory to another page.
+        results = self._store.put(self._keys.of(pool, keys), [_bytes_of(page.flatten().clone()) for page in pages])
         return [bool(result.ok) for result in results]
 
     # --- pages of the host pools ---
@@ -159,9 +160,7 @@ class KVMemStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is not read 
         return [page is not None for page in pages]
 
     def _save(self, pool: str, keys: list[str], rows: list[int]) -> list[bool]:
-        # A copy: a tier that answers late reads on, when SGLang may have given the host memory to another page.
-        pages = [self._pools[pool].get_data_page(row).clone() for row in rows]
-        return self._put(pool, keys, pages)
+        return self._put(pool, keys, [self._pools[pool].get_data_page(row) for row in rows])
 
     # --- the end ---
 
