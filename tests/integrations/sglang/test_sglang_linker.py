@@ -371,9 +371,13 @@ def test_random_worlds(linker: KVMemLinker, pool: Any, tier: DictTier, seed: int
                         buffer[page * PAGE : (page + 1) * PAGE] = hash((name, i)) % 1009
                 model |= {name: rows(pool, [page]) for name, page in zip(names, pages, strict=True)}
                 broken = rng.random() < 0.2
-                tier.fault = lambda call, keys, broken=broken: Result(Status.FULL, 0, "full") if broken and call == "put" else None
+                tier.fault = lambda call, keys, broken=broken: (
+                    Result(Status.FULL, 0, "full") if broken and call == "put" else None
+                )
                 assert linker.offload([transfer(names, pages)])
-                assert completed(linker, 1) == [not broken or all(key in tier.held for key in linker._keys.of("kv", names))]
+                assert completed(linker, 1) == [
+                    not broken or all(key in tier.held for key in linker._keys.of("kv", names))
+                ]
                 tier.fault = lambda call, keys: None
             case 2 if tier.held:
                 key = rng.choice(list(tier.held))

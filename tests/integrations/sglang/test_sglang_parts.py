@@ -174,14 +174,20 @@ class Theirs:
 def test_names_that_are_gone() -> None:
     here = f"{__name__}:Theirs"
     assert missing_names([f"{here}.field", f"{here}.load", "os:path.join"]) == []
-    assert missing_names([f"{here}.store", "os:nothing", "nothing.here:x"]) == [f"{here}.store", "os:nothing", "nothing.here:x"]
+    assert missing_names([f"{here}.store", "os:nothing", "nothing.here:x"]) == [
+        f"{here}.store",
+        "os:nothing",
+        "nothing.here:x",
+    ]
     assert missing_arguments(Theirs.load, lambda self, rid: None) == ["transfers"]
 
     class Older:
         def load(self, rid: str) -> bool:
             return False
 
-    with pytest.raises(SpecError, match=r"cannot run in .*has no `os:nothing`; it calls `Theirs.load` with transfers, .*pip install"):
+    with pytest.raises(
+        SpecError, match=r"cannot run in .*has no `os:nothing`; it calls `Theirs.load` with transfers, .*pip install"
+    ):
         check_names(("os:nothing",), Older, Theirs)
     check_names(("os:path.join",), Theirs, Theirs)
     assert len(set(LINKER)) == len(LINKER) > 30 and len(set(STORAGE)) == len(STORAGE) > 30

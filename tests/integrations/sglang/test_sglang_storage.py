@@ -40,7 +40,9 @@ from kvmem.tiers.base import Result, Status  # noqa: E402
 def host_pool(layout: str = "layer_first", pages: int = 8) -> Any:
     """Return SGLang's own host pool over ordinary memory: its constructor would pin it, which needs a GPU."""
     pool = object.__new__(MHATokenToKVPoolHost)
-    shape = (2, LAYERS, pages * PAGE, HEADS, WIDTH) if layout == "layer_first" else (2, pages * PAGE, LAYERS, HEADS, WIDTH)
+    shape = (
+        (2, LAYERS, pages * PAGE, HEADS, WIDTH) if layout == "layer_first" else (2, pages * PAGE, LAYERS, HEADS, WIDTH)
+    )
     pool.__dict__.update(
         layout=layout, page_size=PAGE, layer_num=LAYERS, head_num=HEADS, head_dim=WIDTH, dtype=torch.float32,
         device="cpu", pin_memory=False, start_layer=0, end_layer=LAYERS - 1, kv_buffer=torch.randn(shape),
@@ -122,7 +124,9 @@ def test_several_pools(pool: Any, tier: DictTier, context: Any) -> None:  # noqa
     side.kv_buffer.zero_()
     assert storage.batch_get_v2([transfer("db", host_indices=rows_of([0, 1]), **trailing)])[PoolName.SWA] == [True] * 2
     assert torch.equal(page_of(side, 0), kept)
-    assert storage.batch_get_v2([transfer("a", name=PoolName.MAMBA, host_indices=rows_of([0]))]) == {PoolName.MAMBA: [False]}
+    assert storage.batch_get_v2([transfer("a", name=PoolName.MAMBA, host_indices=rows_of([0]))]) == {
+        PoolName.MAMBA: [False]
+    }
     storage.close()
 
 
