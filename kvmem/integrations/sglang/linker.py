@@ -232,8 +232,8 @@ class KVMemLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not re
     # --- the end ---
 
     def reset(self) -> None:
-        """Forget queued loads, and completions. Offloads have ``deadline_seconds`` to end; then those that are queued are
-        given up. What is stored stays stored: SGLang flushes its cache this way."""
+        """Forget queued loads, and completions. Offloads have ``deadline_seconds`` to end; then what is queued is given
+        up. What is stored stays stored: SGLang flushes its cache this way."""
         if self._closed:
             return
         for rid in list(self._queued):
