@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
+from operator import methodcaller
 from typing import Any, Final, TypeVar
 
 from kvmem.integrations.background import Background
@@ -45,13 +46,14 @@ class TierStore:
 
     def leading(self, keys: Sequence[bytes]) -> int:
         """Return how many of the first keys some tier has, without a gap."""
-        found, until, moved = 0, self._until(), True
-        while moved and found < len(keys):
-            moved = False
+        found, until, before = 0, self._until(), -1
+        while before < found < len(keys):
+            before = found
             for i in range(len(self._tiers)):
-                answer = self._ask(i, "contains", partial(_leading, keys[found:]), until) if found < len(keys) else 0
-                if not isinstance(answer, Result) and answer:
-                    found, moved = found + answer, len(self._tiers) > 1
+                answer = self._ask(i, "contains", methodcaller("contains", keys[found:]), until)
+                found += 0 if isinstance(answer, Result) else answer
+            if len(self._tiers) == 1:
+                break
         return found
 
     def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
@@ -59,10 +61,10 @@ class TierStore:
         results, until = [_ABSENT] * len(keys), self._until()
         for i in range(len(self._tiers)):
             left = [at for at, result in enumerate(results) if not result.ok]
-            if not left:
-                break
-            answer = self._ask(i, "get", partial(_get, [keys[at] for at in left], [buffers[at] for at in left]), until)
-            for at, result in zip(left, [answer] * len(left) if isinstance(answer, Result) else answer, strict=True):
+            if not left or time.monotonic() >= until:
+                break  # a tier that is late may still write to the buffers: no other may
+            work = methodcaller("get", [keys[at] for at in left], [buffers[at] for at in left])
+            for at, result in zip(left, _each(self._ask(i, "get", work, until), len(left)), strict=True):
                 if result.ok and result.num_bytes != len(buffers[at]):
                     reason = f"the payload has {result.num_bytes} of {len(buffers[at])} bytes"
                     result = Result(Status.CORRUPT, 0, reason)
@@ -75,8 +77,7 @@ class TierStore:
         """Store each buffer in every tier, and return a result for each: ``OK`` if one has it."""
         results, until = [Result(Status.FAILED, 0, "there is no tier")] * len(keys), self._until()
         for i in range(len(self._tiers)):
-            answer = self._ask(i, "put", partial(_put, keys, buffers), until)
-            each = [answer] * len(keys) if isinstance(answer, Result) else answer
+            each = _each(self._ask(i, "put", partial(_put, keys, buffers), until), len(keys))
             results = [old if old.ok else new for old, new in zip(results, each, strict=True)]
         self._warn("put", results)
         return results
@@ -87,7 +88,7 @@ class TierStore:
             return
         until = self._until()
         for i in range(len(self._tiers)):
-            self._ask(i, "close", lambda tier: tier.close(), until)
+            self._ask(i, "close", methodcaller("close"), until)
         self._closed = True
         for threads in self._threads:
             threads.close(max(0.0, until - time.monotonic()))
@@ -122,12 +123,11 @@ class TierStore:
                 break
 
 
-def _leading(keys: Sequence[bytes], tier: Tier) -> int:
-    return tier.contains(keys)
-
-
-def _get(keys: Sequence[bytes], buffers: Sequence[Buffer], tier: Tier) -> list[Result]:
-    return tier.get(keys, buffers)
+def _each(answer: list[Result] | Result, count: int) -> list[Result]:
+    """Return a result for each of ``count`` keys, whatever a tier of somebody else's answered."""
+    if not isinstance(answer, Result) and len(answer) != count:
+        answer = Result(Status.FAILED, 0, f"{len(answer)} answers for {count} keys")
+    return [answer] * count if isinstance(answer, Result) else answer
 
 
 def _present(keys: Sequence[bytes], tier: Tier) -> list[bool]:

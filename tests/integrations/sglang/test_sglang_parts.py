@@ -101,6 +101,21 @@ def test_a_slow_tier_is_waited_for_once(slow: DictTier) -> None:
     store.close()
 
 
+def test_no_other_tier_gets_a_buffer_that_a_late_one_may_write_to(slow: DictTier) -> None:
+    fast = DictTier()
+    fast.put(KEYS[:1], views(1, 5))
+    store, buffers = open_store(slow, fast), views(1)
+    assert store.get(KEYS[:1], buffers)[0].status is Status.FAILED
+    assert fast.calls.count("get") == 0 and store.get(KEYS[:1], views(1))[0].ok, "the next call leaves the late one out"
+    store.close()
+
+
+def test_a_tier_that_answers_for_fewer_keys() -> None:
+    tier = DictTier()
+    tier.get = lambda keys, buffers: []  # type: ignore[method-assign]
+    assert open_store(tier).get(KEYS[:2], views(2))[1].reason == "0 answers for 2 keys"
+
+
 def test_what_a_tier_raises_is_a_result() -> None:
     tier = DictTier()
     store = open_store(tier)
