@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean transport-peers
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean transport-peers test-sglang
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -113,6 +113,22 @@ $(TRANSPORTS)/.installed: $(READY)
 	rm -rf $(TRANSPORTS)
 	$(PIP) --no-compile --target $(TRANSPORTS) --no-deps nixl-cu12==1.5.1 nixl==1.5.1 \
 	  mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
+
+# 0.6 GB and minutes to install, in a folder of its own: it declares another torch and another transformers. torchvision
+# is its import only, and its kernels are stand-ins (tests/integrations/sglang/standins.py).
+SGLANG_HOME := build/peers/sglang
+test-sglang: core $(SGLANG_HOME)/.installed  ## SGLang's interfaces and a whole SGLang on the CPU, over kvmem's tiers
+	PYTHONPATH=$(abspath $(SGLANG_HOME)) $(PY) -m pytest tests/integrations/sglang $(ARGS)
+
+$(SGLANG_HOME)/.installed: $(READY)
+	rm -rf $(SGLANG_HOME)
+	$(PIP) --no-compile --target $(SGLANG_HOME) transformers==5.19.0 openai==2.8.0 numba==0.65.1 llguidance==1.7.6 \
+	  aiohttp cloudpickle dill distro easydict einops fastapi gguf interegular IPython lark loguru msgspec ninja orjson \
+	  partial_json_parser pillow prometheus-client psutil pybase64 python-multipart pyzmq regex requests scipy \
+	  sentencepiece setproctitle tiktoken uvicorn uvloop watchfiles xxhash zstandard
+	$(PIP) --no-compile --target $(SGLANG_HOME) --no-deps $(SGLANG) apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 \
+	  openai-harmony==0.0.4 outlines==0.1.11 torchvision==0.28.0 xgrammar==0.2.7
 	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.

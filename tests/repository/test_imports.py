@@ -57,7 +57,7 @@ OPTIONAL = {
         "msgpack",
         "rich",
     ),
-    *("transformers", "triton", "vllm"),
+    *("sglang", "transformers", "triton", "vllm"),
     *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
 }
 
