@@ -1,0 +1,39 @@
+"""What ``/metrics`` shows: the scheduler's counters, where the cache's memory is, and times. For Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from examples.engine.scheduler import Scheduler
+
+__all__ = ["Metrics"]
+
+_COUNTERS = ("requests", "aborted", "steps", "prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens",
+             "preemptions", "recomputed_tokens")  # fmt: skip
+_BYTES = ("reserved", "mapped", "used", "shared", "cached", "parked", "wasted")
+
+
+class Metrics:
+    """registry: of this server alone. Told of times by the engine (``Observer``)."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler, self.registry = scheduler, CollectorRegistry()
+        times = "engine_first_token_seconds", "engine_request_seconds"
+        first, whole = (Histogram(name, "Since the request came", registry=self.registry) for name in times)
+        self.first_token, self.end = first.observe, whole.observe
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        scheduler, stats = self._scheduler, self._scheduler.allocator.stats()
+        for name in _COUNTERS:
+            yield CounterMetricFamily(f"engine_{name}", name.replace("_", " "), value=scheduler.counters[name])
+        for name, queue in (("running", scheduler.running), ("waiting", scheduler.waiting)):
+            yield GaugeMetricFamily(f"engine_requests_{name}", f"requests {name}", value=len(queue))
+        memory = GaugeMetricFamily("kvmem_pool_bytes", "the KV cache, see kvmem.Stats", labels=["state"])
+        for name in _BYTES:
+            memory.add_metric([name], getattr(stats, f"{name}_bytes"))
+        yield memory
+        yield CounterMetricFamily("kvmem_evicted_blocks", "blocks evicted", value=stats.evicted_blocks)
