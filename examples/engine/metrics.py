@@ -1,7 +1,5 @@
 """What ``/metrics`` shows: the scheduler's counters, where the cache's memory is, and times. For Prometheus."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -9,15 +7,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from examples.engine.scheduler import Scheduler
 
-__all__ = ["Metrics"]
-
-_COUNTERS = ("requests", "aborted", "steps", "prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens",
-             "preemptions", "recomputed_tokens")  # fmt: skip
+_COUNTERS = ["requests", "aborted", "steps", "preemptions"]
+_TOKENS = ["prompt", "cached", "computed", "recomputed", "generated"]
 _BYTES = ("reserved", "mapped", "used", "shared", "cached", "parked", "wasted")
 
 
 class Metrics:
-    """registry: of this server alone. Told of times by the engine (``Observer``)."""
+    """registry: of this server alone. first_token, end: take the seconds since a request came."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self.registry = scheduler, CollectorRegistry()
@@ -28,7 +24,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         scheduler, stats = self._scheduler, self._scheduler.allocator.stats()
-        for name in _COUNTERS:
+        for name in [*_COUNTERS, *(f"{kind}_tokens" for kind in _TOKENS)]:
             yield CounterMetricFamily(f"engine_{name}", name.replace("_", " "), value=scheduler.counters[name])
         for name, queue in (("running", scheduler.running), ("waiting", scheduler.waiting)):
             yield GaugeMetricFamily(f"engine_requests_{name}", f"requests {name}", value=len(queue))

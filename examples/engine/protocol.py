@@ -1,17 +1,11 @@
-"""OpenAI's completions and chat completions: what a body may ask for, and the objects that answer it."""
+"""What the body of a completion or a chat completion may ask for, as OpenAI has defined them."""
 
-from __future__ import annotations
-
-import time
-import uuid
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from examples.engine.sampling import Sampling
-
-__all__ = ["ApiError", "Call", "Chat", "Completion", "Reply", "parse"]
 
 Json = dict[str, Any]
 Text = Annotated[str, Field(min_length=1)]
@@ -30,7 +24,8 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
         kind = "invalid_request_error" if status < 500 else "server_error"
-        self.status, self.error = status, {"message": message, "type": kind, "param": param, "code": status}
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 class StreamOptions(BaseModel):
@@ -38,7 +33,7 @@ class StreamOptions(BaseModel):
 
 
 class Call(BaseModel):
-    """What both kinds of call have in common. Other fields are ignored."""
+    """What both kinds have in common. Other fields are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     model: str | None = None
@@ -46,7 +41,7 @@ class Call(BaseModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=16)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -63,15 +58,11 @@ class Call(BaseModel):
         for name, only in _ONLY.items():
             value = given.get(name, only)
             if value != only or isinstance(value, bool) != isinstance(only, bool):
-                raise PydanticCustomError("not_built", f"{name} is not supported by this server")
+                raise PydanticCustomError("not_built", f"{name}: not supported by this server")
         return given
 
     def sampling(self, max_tokens: int) -> Sampling:
         return Sampling(max_tokens, self.temperature, self.top_p, max(0, self.top_k), self.seed, self.ignore_eos)
-
-    def tokens(self, tokenizer: Any) -> list[int]:
-        """The prompt's ids."""
-        raise NotImplementedError
 
 
 class Completion(Call):
@@ -79,6 +70,7 @@ class Completion(Call):
     prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=1)]
 
     def tokens(self, tokenizer: Any) -> list[int]:
+        """The prompt's ids."""
         one: Any = self.prompt if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt[0]
         return list(tokenizer(one)["input_ids"] if isinstance(one, str) else one)
 
@@ -98,48 +90,18 @@ class Chat(Call):
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def tokens(self, tokenizer: Any) -> list[int]:
+        """The ids of the conversation up to where the assistant speaks."""
         said = [m.content if isinstance(m.content, str) else "".join(p.text for p in m.content) for m in self.messages]
         turns = [{"role": message.role, "content": text} for message, text in zip(self.messages, said, strict=True)]
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
 
 
-AnyCall = TypeVar("AnyCall", bound=Call)
-
-
-def parse(kind: type[AnyCall], body: bytes) -> AnyCall:
+def parse(kind: type[Completion | Chat], body: bytes) -> Completion | Chat:
     """``ApiError`` 400 for what is no JSON or is not built, 422 for a field that is not what it must be."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"])) or None
+        field = str(first["loc"][0]) if first["loc"] else "body"
         status = 400 if first["type"] in ("json_invalid", "not_built") else 422
-        raise ApiError(status, f"{field or 'body'}: {first['msg']}", field) from None
-
-
-class Reply:
-    """The objects that answer a call, in pieces or whole."""
-
-    def __init__(self, call: Call, model: str, prompt: list[int]) -> None:
-        self._call, self._chat, self._prompt, self._began = call, isinstance(call, Chat), prompt, False
-        kind = ("chat.completion.chunk" if call.stream else "chat.completion") if self._chat else "text_completion"
-        name = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
-
-    def piece(self, text: str, tokens: list[int], reason: str | None) -> Json:
-        """A piece of the answer; where the call does not stream, all of it."""
-        said: Json = {"text": text}
-        if self._chat:
-            role = {} if self._began else {"role": "assistant"}
-            said = {"delta" if self._call.stream else "message": {**role, "content": text}}
-        if self._call.return_token_ids:
-            said |= {"token_ids": tokens} | ({} if self._began else {"prompt_token_ids": self._prompt})
-        self._began = True
-        return {**self._head, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}
-
-    def usage(self, generated: int, cached: int) -> Json:
-        """The last piece of a stream, or what the whole answer has besides its choices."""
-        counts = {"prompt_tokens": len(self._prompt), "completion_tokens": generated}
-        total, found = len(self._prompt) + generated, {"cached_tokens": cached}
-        usage = {**counts, "total_tokens": total, "prompt_tokens_details": found}
-        return {**self._head, "choices": [], "usage": usage}
+        raise ApiError(status, f"{field}: {first['msg']}", field) from None

@@ -1,12 +1,8 @@
 """How the next token is chosen from the logits: greedily, or by temperature, top-k and top-p."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
-
-__all__ = ["Sampling", "choose"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +15,6 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     ignore_eos: bool = False
-
-    def generator(self) -> torch.Generator:
-        """One for each request, so that its tokens do not depend on who else is in the batch."""
-        generator = torch.Generator()
-        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
-        return generator
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -6,12 +6,11 @@ again; what is still cached of it when it returns, on the device or in a tier, i
 Sarathi-Serve, arXiv:2403.02310; vLLM, arXiv:2309.06180.)
 """
 
-from __future__ import annotations
-
+import time
 from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +20,11 @@ from examples.engine.model import Runner
 from examples.engine.sampling import Sampling, choose
 from kvmem.allocator.tiers.loads import Load
 
-__all__ = ["Output", "Request", "Scheduler"]
-
 
 @dataclass(eq=False)  # a request is its own id in the cache
 class Request:
-    """salt: requests with another one share nothing with it. tokens: the prompt, then the answer. computed: how many of
-    them have their KV in the cache. cached_tokens: how many of the prompt it began with.
+    """salt: only requests with the same one share. tokens: prompt, then answer. computed: how many have their KV in the
+    cache. cached_tokens: how many of the prompt it began with.
     """
 
     prompt: list[int]
@@ -39,24 +36,24 @@ class Request:
     cached_tokens: int = 0
     preempted_at: int | None = None
     load: Load | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    answered: bool = False  # has the client got a token
 
     def __post_init__(self) -> None:
-        self.tokens, self.generator = list(self.prompt), self.sampling.generator()
+        # A generator of its own: what it draws does not depend on who else is in the batch.
+        self.tokens, self.generator, seed = list(self.prompt), torch.Generator(), self.sampling.seed
+        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
 
 
-class Output(NamedTuple):
-    """reason: why the request has ended: ``"stop"``, ``"length"`` or ``"error"``, which comes without a token."""
-
-    request: Request
-    token: int | None
-    reason: str | None
+#: A request, its next token, and why it has ended: "stop", "length", "error" (without a token), or None.
+Output = tuple[Request, int | None, str | None]
 
 
 class Scheduler:
-    """Not thread-safe.
+    """Not thread-safe. model: of transformers. allocator: on the CPU, of the model's ``cache_spec``.
 
-    model: of transformers. allocator: on the CPU, of the model's ``cache_spec``. batch_tokens: the most tokens of a step. max_running: the most
-    requests of one. keep: copy to the tiers what a request leaves when it ends, so that a restart finds it on a disk.
+    max_running, batch_tokens: the most requests, and the most tokens, of a step. keep: copy what a request leaves to
+    the allocator's tiers when it ends, so that a restart finds it on disk.
     """
 
     def __init__(
@@ -71,6 +68,7 @@ class Scheduler:
         self.counters: Counter[str] = Counter()
         self._run = Runner(model, allocator, max_rows=max_running, max_tokens=batch_tokens)
         self._eos = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
+        self.vocab_size = int(model.config.vocab_size)
         longest = range(1, 1 + min(allocator.max_tokens, model.config.max_position_embeddings))
         #: The most tokens, prompt and answer, of a request that is alone.
         self.max_tokens = bisect_left(longest, True, key=lambda n: not allocator.can_fit(n))
@@ -112,13 +110,6 @@ class Scheduler:
         self.counters.update(steps=1, computed_tokens=len(tokens))
         return outputs + [self._advance(plan[row][0], scores) for row, scores in zip(complete, logits, strict=True)]
 
-    def close(self) -> None:
-        """End every request. The allocator stays open."""
-        for request in [*self.running, *self.waiting]:
-            self.abort(request)
-
-    # --- who computes what ---
-
     def _plan(self, outputs: list[Output]) -> list[tuple[Request, int]]:
         """Requests, and how many tokens each computes in this step; room for these is made."""
         plan, spare, before = [], self.batch_tokens - len(self.running), self.counters["preemptions"]
@@ -130,7 +121,9 @@ class Scheduler:
         for request in list(self.waiting) if self.counters["preemptions"] == before else []:
             if spare < 1 or len(self.running) + loading >= self.max_running:
                 break
-            if self._is_loading(request):
+            # What the tiers below host memory have of it is brought once, while others run.
+            request.load = request.load or self.cache.load(request.tokens, salt=request.salt)
+            if request.load is not None and not request.load.done():
                 loading += 1
                 continue
             # If one finds no room nobody overtakes it, or long prompts would wait for ever.
@@ -146,7 +139,7 @@ class Scheduler:
         while self.cache.allocate(request, count) is None:
             if len(self.running) == 1:  # it did fit when it came: somebody else has taken the memory
                 self._end(request)
-                outputs.append(Output(request, None, "error"))
+                outputs.append((request, None, "error"))
                 return 0
             youngest = self.running.pop()
             self.cache.free(youngest)  # what it has published stays cached; under pressure, it goes down to the tiers
@@ -156,12 +149,6 @@ class Scheduler:
             if youngest is request:
                 return 0
         return count
-
-    def _is_loading(self, request: Request) -> bool:
-        """Bring what the tiers below the host have of it; once, and without waiting."""
-        if request.load is None:
-            request.load = self.cache.load(request.tokens, salt=request.salt)
-        return request.load is not None and not request.load.done()
 
     def _begin(self, request: Request) -> bool:
         """Let a waiting request run, with what is cached of its tokens. False, and nothing has changed, if there is no
@@ -184,27 +171,27 @@ class Scheduler:
             self.counters["recomputed_tokens"] += max(0, request.preempted_at - found)
         return True
 
-    def _leave_queue(self, request: Request) -> None:
-        self.waiting.remove(request)
-        if request.load is not None:
-            request.load.cancel()
-            request.load = None
-
     def _advance(self, request: Request, logits: torch.Tensor) -> Output:
         token = choose(logits, request.sampling, request.generator)
         request.tokens.append(token)
         self.counters["generated_tokens"] += 1
         reason = None
+        if len(request.tokens) - len(request.prompt) == request.sampling.max_tokens:
+            reason = "length"
         if token in self._eos and not request.sampling.ignore_eos:
             reason = "stop"
-        elif len(request.tokens) - len(request.prompt) == request.sampling.max_tokens:
-            reason = "length"
         if reason is not None:
             self._end(request)
-        return Output(request, token, reason)
+        return request, token, reason
 
     def _end(self, request: Request) -> None:
         self.running.remove(request)
         self.cache.free(request)
         if self.keep:
             self.allocator.store(request.tokens, salt=request.salt)
+
+    def _leave_queue(self, request: Request) -> None:
+        self.waiting.remove(request)
+        if request.load is not None:
+            request.load.cancel()
+            request.load = None

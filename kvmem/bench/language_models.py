@@ -84,7 +84,7 @@ def _smollm2(weights: Path) -> LanguageModel:
     for tensor in reader.tensors:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            # llama.cpp rotates neighbouring channels, and has ordered the rows for that; Llama rotates halves of a head.
+            # llama.cpp rotates neighbouring channels and has ordered the rows so; transformers rotates halves of a head.
             count = heads if "attn_q" in tensor.name else kv_heads
             weight = weight.view(count, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
         name = tensor.name
@@ -120,6 +120,18 @@ def _tokenizer(field: Callable[[str], Any]) -> Any:
     named = {name: texts[field(f"tokenizer.ggml.{key}_token_id")] for name, key in _SPECIAL.items()}
     template = field("tokenizer.chat_template")
     return PreTrainedTokenizerFast(tokenizer_object=found, padding_side="left", chat_template=template, **named)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer for models that know no text: each byte is an id below 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    found = Tokenizer(models.BPE(letters, []))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=found, chat_template=template)
 
 
 def _tiny() -> LanguageModel:
