@@ -8,19 +8,26 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvmem
 from examples.engine.model import cache_spec
 from examples.engine.sampling import Sampling
 from examples.engine.scheduler import Request, Scheduler
-from kvmem.bench.language_models import load_language_model
 
 VOCAB = 512
 
 
 @cache
 def tiny() -> Any:
-    return load_language_model("tiny").model
+    """Random weights, larger than usual: its answers vary."""
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, initializer_range=0.3, bos_token_id=None,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 @cache
