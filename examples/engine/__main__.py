@@ -2,13 +2,15 @@
 
 import argparse
 import socket
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
 
 import kvmem
-from examples.engine.model import cache_spec, load
+from examples.engine.model import load
 from examples.engine.scheduler import Scheduler
 from examples.engine.server import Server
 from kvmem.tiers import Identity, Tiers, largest_block_bytes
@@ -37,17 +39,20 @@ def arguments() -> argparse.Namespace:
 def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(asked.threads)
     model, tokenizer = load(asked.model)
-    spec, who = cache_spec(model), Identity(asked.model)
-    block_bytes, fingerprint = largest_block_bytes(spec), who.fingerprint(spec)
-    disk = asked.disk and DiskTier(
-        asked.disk, capacity=asked.disk_capacity, block_bytes=block_bytes, fingerprint=fingerprint
-    )
-    tiers = Tiers(asked.host_memory, [disk] if disk else [], who) if asked.host_memory else None
-    sizes = {"memory": asked.memory, "max_sequences": asked.max_running, "max_tokens": asked.max_tokens}
-    with kvmem.Allocator(spec, backend=asked.backend, device="cpu", tiers=tiers, **sizes) as allocator:
-        limits = {"max_running": asked.max_running, "batch_tokens": asked.batch_tokens}
-        scheduler = Scheduler(model, allocator, **limits, keep=disk is not None)
-        listening = socket.create_server((asked.host, asked.port))
+    spec, who = kvmem.CacheSpec.from_config(model.config, dtype=model.dtype), Identity(asked.model)
+    with ExitStack() as stack:
+        tiers = None if asked.host_memory is None else Tiers(asked.host_memory)
+        if asked.disk:
+            blocks: dict[str, Any] = {"block_bytes": largest_block_bytes(spec), "fingerprint": who.fingerprint(spec)}
+            disk = stack.enter_context(closing(DiskTier(asked.disk, capacity=asked.disk_capacity, **blocks)))
+            tiers = Tiers(asked.host_memory, [disk], who)
+        allocator = stack.enter_context(kvmem.Allocator(
+            spec, backend=asked.backend, device="cpu", memory=asked.memory, max_sequences=asked.max_running,
+            max_tokens=asked.max_tokens, tiers=tiers,
+        ))  # fmt: skip
+        sizes = {"max_running": asked.max_running, "batch_tokens": asked.batch_tokens}
+        scheduler = Scheduler(model, allocator, **sizes, keep=asked.disk is not None)
+        listening = stack.enter_context(socket.create_server((asked.host, asked.port)))
         print("http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
         app = Server(scheduler, tokenizer, Path(asked.model).name).app
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

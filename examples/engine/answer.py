@@ -55,12 +55,11 @@ class Answer:
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
     async def events(self) -> AsyncIterator[str]:
-        """The data of server-sent events."""
         try:
             async for text, token, reason in self._pieces():
                 if text or reason or self._call.return_token_ids:
                     yield json.dumps(self._piece(text, [token], reason))
-            if self._call.stream_options.include_usage:
+            if self._call.stream_options.get("include_usage"):
                 yield json.dumps({**self._head, "choices": [], "usage": self._usage()})
             yield "[DONE]"
         except ApiError as error:
@@ -105,6 +104,6 @@ class Answer:
         return {**self._head, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}
 
     def _usage(self) -> Json:
-        prompt, details = len(self._asked.prompt), {"cached_tokens": self._asked.cached_tokens}
-        counts = {"completion_tokens": self._generated, "total_tokens": prompt + self._generated}
-        return {"prompt_tokens": prompt, **counts, "prompt_tokens_details": details}
+        prompt, answer = len(self._asked.prompt), self._generated
+        counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": self._asked.cached_tokens}}

@@ -1,7 +1,6 @@
-"""The thread that runs the model, and what connects it with the server's event loop.
-
-Requests and aborts go in through a queue, which the thread empties before each step. Tokens come out by one call into
-the loop a step, into the queue of each client. That has room for a whole answer, so a slow client delays nobody.
+"""The thread that runs the model. Requests and aborts go in through a queue, which it empties before each step. Tokens
+come out by one call into the server's event loop a step, into the queue of each client. That has room for a whole
+answer, so a slow client delays nobody.
 """
 
 import asyncio
@@ -15,7 +14,6 @@ from examples.engine.metrics import Metrics
 from examples.engine.protocol import ApiError
 from examples.engine.scheduler import Output, Request, Scheduler
 
-ENDED = "the engine has ended"
 #: Of one client: tokens, and with the last one the reason of the end. None: there are no more.
 Tokens = asyncio.Queue[tuple[int | None, str | None]]
 
@@ -35,7 +33,7 @@ class Engine:
     def open(self, request: Request) -> Iterator[Tokens]:
         """Queue a request, or raise a 503. Leaving the body ends it within a step, unless it has ended."""
         if not self.alive or len(self._clients) >= self._max_requests:
-            raise ApiError(503, f"{len(self._clients)} requests are here: try later" if self.alive else ENDED)
+            raise ApiError(503, "the engine has ended, or has as many requests as it takes: try again later")
         tokens = self._clients[request] = Tokens(request.sampling.max_tokens + 2)
         self._inbox.put(lambda: self._scheduler.add(request))
         try:
@@ -77,14 +75,10 @@ class Engine:
             if (client := self._clients.get(request)) is None:
                 continue  # it is gone
             client.put_nowait((token, reason))
-            if not request.answered:
-                request.answered = True
-                self._metrics.first_token(time.monotonic() - request.arrived)
+            self._metrics.token(request, reason is not None)
             if reason is not None:
-                self._metrics.end(time.monotonic() - request.arrived)
                 del self._clients[request]
 
     def _fail(self) -> None:
-        for client in self._clients.values():
-            client.put_nowait((None, "error"))
-        self._clients.clear()
+        while self._clients:
+            self._clients.popitem()[1].put_nowait((None, "error"))

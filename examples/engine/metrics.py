@@ -1,26 +1,35 @@
 """What ``/metrics`` shows: the scheduler's counters, where the cache's memory is, and times. For Prometheus."""
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from examples.engine.scheduler import Scheduler
+from examples.engine.scheduler import Request, Scheduler
 
 _COUNTERS = ["requests", "aborted", "steps", "preemptions"]
 _TOKENS = ["prompt", "cached", "computed", "recomputed", "generated"]
-_BYTES = ("reserved", "mapped", "used", "shared", "cached", "parked", "wasted")
+_BYTES = ["reserved", "mapped", "used", "shared", "cached", "parked", "wasted"]
 
 
 class Metrics:
-    """registry: of this server alone. first_token, end: take the seconds since a request came."""
+    """registry: of this server alone."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self.registry = scheduler, CollectorRegistry()
         times = "engine_first_token_seconds", "engine_request_seconds"
-        first, whole = (Histogram(name, "Since the request came", registry=self.registry) for name in times)
-        self.first_token, self.end = first.observe, whole.observe
+        self._first, self._whole = (Histogram(name, "Since it came", registry=self.registry) for name in times)
         self.registry.register(self)
+
+    def token(self, request: Request, last: bool) -> None:
+        """A client has got one."""
+        seconds = time.monotonic() - request.arrived
+        if not request.answered:
+            request.answered = True
+            self._first.observe(seconds)
+        if last:
+            self._whole.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         scheduler, stats = self._scheduler, self._scheduler.allocator.stats()
@@ -32,4 +41,3 @@ class Metrics:
         for name in _BYTES:
             memory.add_metric([name], getattr(stats, f"{name}_bytes"))
         yield memory
-        yield CounterMetricFamily("kvmem_evicted_blocks", "blocks evicted", value=stats.evicted_blocks)

@@ -1,7 +1,6 @@
-"""A model of transformers over the flat tokens of a step: prompts, chunks of prompts and single tokens side by side.
+"""A model of transformers over the flat tokens of a step: prompts, chunks of them and single tokens, without padding.
 
-transformers computes all but attention, for which it calls ``_attend``: that writes K and V where the batch says, and
-attends over the cache as it lies (``csrc/attend``). Nothing is padded.
+For attention it calls ``_attend``: that writes K and V where the batch says, and reads the cache where it lies.
 """
 
 from typing import Any
@@ -28,18 +27,14 @@ def load(name: str) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(name, local_files_only=True)
 
 
-def cache_spec(model: Any, block_size: int = 16) -> kvmem.CacheSpec:
-    """What a token of the model stores. ``SpecError`` for models with windows, states, or unlike layers."""
-    spec = kvmem.CacheSpec.from_config(model.config, dtype=model.dtype, block_size=block_size)
-    if len(spec.groups) > 1 or spec.groups[0].window_tokens is not None:
-        raise kvmem.SpecError(f"{model.config.model_type}: this engine needs full attention in all layers")
-    return spec
-
-
 class Runner:
-    """Forward passes. model: a causal language model of transformers, on the CPU; its attention is replaced."""
+    """Forward passes. model: a causal language model of transformers, on the CPU; its attention is replaced.
+    ``SpecError`` for one with sliding windows or states.
+    """
 
     def __init__(self, model: Any, allocator: kvmem.Allocator, *, max_rows: int, max_tokens: int) -> None:
+        if len(allocator.spec.groups) > 1 or allocator.spec.groups[0].window_tokens is not None:
+            raise kvmem.SpecError(f"{model.config.model_type}: this engine needs full attention in all layers")
         AttentionInterface.register(_ATTENTION, _attend)
         AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
         model.set_attn_implementation(_ATTENTION)

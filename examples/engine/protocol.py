@@ -28,10 +28,6 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
 class Call(BaseModel):
     """What both kinds have in common. Other fields are ignored."""
 
@@ -44,7 +40,7 @@ class Call(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=16)] = []
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: dict[str, bool] = {}
     ignore_eos: bool = False
     return_token_ids: bool = False
     cache_salt: Text | None = None

@@ -1,9 +1,8 @@
 """Which requests compute which tokens in a step, over a ``kvmem.SchedulerCache``; and the step itself.
 
-Each step is one forward pass over a flat batch: every running request has a token in it, and what is left of the batch
-goes to chunks of prompts, the oldest first. When memory is short, the youngest request gives its own back and waits
-again; what is still cached of it when it returns, on the device or in a tier, is not computed twice. (Orca, OSDI 2022;
-Sarathi-Serve, arXiv:2403.02310; vLLM, arXiv:2309.06180.)
+A step is one forward pass over a flat batch: each running request has a token in it, and what is left of the batch goes
+to chunks of prompts, the oldest first. Where memory is short, the youngest gives its own back and waits again; what is
+cached of it when it returns, on the device or in a tier, is not computed twice. (Orca; Sarathi-Serve; vLLM.)
 """
 
 import time
@@ -151,12 +150,11 @@ class Scheduler:
         return count
 
     def _begin(self, request: Request) -> bool:
-        """Let a waiting request run, with what is cached of its tokens. False, and nothing has changed, if there is no
-        room for the others, and a block more for each that runs.
-        """
+        """Let a waiting request run; False, and nothing has changed, without room for what is not cached of it."""
         if self.cache.allocate(request, 0, tokens=request.tokens, salt=request.salt) is None:
             return False
         found = self.cache.num_cached_tokens(request)
+        # A block for each that runs: or the next step would have to preempt.
         needed = len(request.tokens) - found + len(self.running) * self.allocator.spec.block_size
         if self.running and self.allocator.free_tokens() < needed:
             self.cache.free(request)

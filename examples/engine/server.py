@@ -1,7 +1,7 @@
 """The engine over HTTP, as OpenAI's clients speak it."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,8 @@ from examples.engine.scheduler import Request, Scheduler
 
 
 class Server:
-    """``app`` is an ASGI application; its engine lives as long as it does.
-
-    name: of the model. max_requests: running and waiting; more get a 503. max_body_bytes: of a body; more gets a 413.
-    send_seconds: a client that takes nothing for so long is gone.
+    """``app`` is an ASGI application. name: of the model. max_requests: running and waiting; more get a 503.
+    max_body_bytes: of a body; more gets a 413. send_seconds: a client that takes nothing for so long is gone.
     """
 
     def __init__(
@@ -50,11 +48,9 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._engine = Engine(self._scheduler, max_requests=self._max_requests, metrics=self._metrics)
-        try:
+        engine = Engine(self._scheduler, max_requests=self._max_requests, metrics=self._metrics)
+        with closing(engine) as self._engine:
             yield
-        finally:
-            await run_in_threadpool(self._engine.close)
 
     async def _answer(self, kind: type[Completion | Chat], http: HttpRequest) -> ASGIApp:
         body = b""

@@ -11,7 +11,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvmem
-from examples.engine.model import cache_spec
 from examples.engine.sampling import Sampling
 from examples.engine.scheduler import Request, Scheduler
 
@@ -28,6 +27,10 @@ def tiny() -> Any:
         eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_spec() -> kvmem.CacheSpec:
+    return kvmem.CacheSpec.from_config(tiny().config, dtype=torch.float32, block_size=16)
 
 
 @cache
@@ -53,7 +56,7 @@ def scheduler(
 ) -> Scheduler:
     """Over memory for about ``tokens`` tokens. options: ``keep`` of the scheduler, others of the allocator."""
     keep = options.pop("keep", False)
-    spec = cache_spec(tiny())
+    spec = tiny_spec()
     alloc = kvmem.Allocator(
         spec, backend=backend, device="cpu", memory=tokens * spec.bytes_per_token, page_bytes=4096,
         max_sequences=max_running, max_tokens=1024, **options,

