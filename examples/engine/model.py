@@ -40,7 +40,6 @@ class Runner:
         model.set_attn_implementation(_ATTENTION)
         self._model, self._allocator = model, allocator
         self._batch = allocator.make_batch(max_sequences=max_rows, max_new_tokens=max_tokens)
-        self._plan: Any = None
 
     @torch.inference_mode()
     def __call__(self, handles: npt.NDArray[np.int32], tokens: list[int], rows: list[int]) -> Any:
@@ -49,7 +48,7 @@ class Runner:
         handles: of sequences with room for the tokens. tokens: of one sequence after the other.
         """
         self._allocator.fill(handles, self._batch)
-        self._plan = None
+        self._plan: Any = None
         last, positions = self._batch.cu_seqlens_q[1:].long()[rows] - 1, self._batch.positions.long()[None]
         options = {"position_ids": positions, "logits_to_keep": last, "use_cache": False, "runner": self}
         return self._model(torch.tensor([tokens]), **options).logits[0]

@@ -18,9 +18,7 @@ class Sampling:
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The id of the next token; logits: ``[vocab]``. top_p: of the top_k, the fewest likeliest tokens whose probability
-    reaches it (Holtzman et al., arXiv:1904.09751).
-    """
+    """The id of the next token. logits: ``[vocab]``. top_p: nucleus sampling (arXiv:1904.09751), within the top_k."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     values, ids = logits.topk(sampling.top_k) if 0 < sampling.top_k < len(logits) else logits.sort(descending=True)
