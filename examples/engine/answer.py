@@ -57,8 +57,7 @@ class Answer:
     async def events(self) -> AsyncIterator[str]:
         try:
             async for text, token, reason in self._pieces():
-                if text or reason or self._call.return_token_ids:
-                    yield json.dumps(self._piece(text, [token], reason))
+                yield json.dumps(self._piece(text, [token], reason))
             if self._call.stream_options.get("include_usage"):
                 yield json.dumps({**self._head, "choices": [], "usage": self._usage()})
             yield "[DONE]"
