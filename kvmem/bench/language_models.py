@@ -84,7 +84,7 @@ def _smollm2(weights: Path) -> LanguageModel:
     for tensor in reader.tensors:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            # llama.cpp rotates neighbouring channels and has ordered the rows so; transformers rotates halves of a head.
+            # llama.cpp rotates neighbouring channels and has ordered the rows so; here, halves of a head are rotated.
             count = heads if "attn_q" in tensor.name else kv_heads
             weight = weight.view(count, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
         name = tensor.name

@@ -56,6 +56,7 @@ OPTIONAL = {
         "matplotlib",
         "msgpack",
         "rich",
+        "tokenizers",
     ),
     *("transformers", "triton"),
     *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
