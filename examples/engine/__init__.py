@@ -1,5 +1,4 @@
 """A serving engine over kvmem: continuous batching, chunked prefill, preemption, prefix cache, tiers; OpenAI's HTTP.
 
-``scheduler`` has the calls of kvmem. ``model`` computes a step, ``sampling`` chooses tokens, ``engine`` runs the steps
-in a thread, ``server`` speaks HTTP (``protocol``, ``answer``, ``metrics``). docs/engines/engine.md shows how to start.
+``scheduler`` has the calls of kvmem. docs/engines/engine.md tells how to start it, and how a step goes.
 """

@@ -55,10 +55,13 @@ def main(asked: argparse.Namespace) -> None:
         listening = stack.enter_context(socket.create_server((asked.host, asked.port)))
         print("http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
         app = Server(scheduler, tokenizer, Path(asked.model).name).app
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)).run(sockets=[listening])
         if tiers is not None:
             allocator.flush(10)  # seconds
 
 
 if __name__ == "__main__":
-    main(arguments())
+    try:
+        main(arguments())
+    except (kvmem.KVMemError, OSError) as error:  # of arguments, models, folders, ports
+        raise SystemExit(f"python -m examples.engine: {error}") from error

@@ -22,9 +22,8 @@ from kvmem.allocator.tiers.loads import Load
 
 @dataclass(eq=False)  # a request is its own id in the cache
 class Request:
-    """salt: only requests with the same one share. tokens: prompt, then answer. computed: how many have their KV in the
-    cache. cached_tokens: how many of the prompt it began with.
-    """
+    """salt: only requests with the same one share. tokens: prompt, then answer; KV of the first ``computed`` is in the
+    cache. cached_tokens: how many it found there at first."""
 
     prompt: list[int]
     sampling: Sampling

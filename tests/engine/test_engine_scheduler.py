@@ -70,7 +70,7 @@ def test_preemption(backend: str, rng: random.Random, host: str | None) -> None:
     assert engine.counters["preemptions"] > 0
     lost = engine.counters["recomputed_tokens"]
     if host is None:
-        assert lost > 60
+        assert lost > 0
     else:  # the rest of a block; on the virtual backend blocks share pages, so there it is the same
         assert lost <= 16 * engine.counters["preemptions"] and engine.allocator.tiering.counters["host"] > 0
     for request in requests:

@@ -118,7 +118,7 @@ REFUSED: list[tuple[int, Any, str]] = [
     (422, {"prompt": "a", "stream": 1}, "stream"), (422, {"prompt": "a", "stream_options": 5}, "stream_options"),
     (400, {"prompt": "a", "n": 2}, "n: not supported"), (400, {"prompt": "a", "logprobs": 0}, "logprobs"),
     (400, {"prompt": "a", "echo": True}, "echo"), (400, {"prompt": "a", "logit_bias": {"1": 2}}, "logit_bias"),
-    (404, {"prompt": "a", "model": "gpt-\ud800"}, "tiny"), (413, {"prompt": "a" * 30_000}, "20000 bytes"),
+    (400, b'{"prompt": "a", "model": "\\ud800"}', "JSON"), (404, {"prompt": "a", "model": "gpt-é"}, "tiny"), (413, {"prompt": "a" * 30_000}, "20000 bytes"),
 ]  # fmt: skip
 
 
@@ -134,10 +134,7 @@ def test_garbage(server: Serving) -> None:
             assert message in error["message"] and error["code"] == status and error["type"] == "invalid_request_error"
 
         for status, body, message in REFUSED:
-            if body == {"prompt": "a", "model": "gpt-\ud800"}:
-                body, status, message = json.dumps(body).encode(), 400, "JSON"  # half a surrogate pair
             refused(status, message, "POST", "/v1/completions", body)
-        refused(404, "tiny", "POST", "/v1/completions", {"prompt": "a", "model": "gpt-é"})
         chats: list[Any] = [None, [], "hi", [5], [{"role": "user"}], [{"content": "a"}], [{"role": "", "content": "a"}]]
         images = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
         for messages in [*chats, images]:
@@ -160,15 +157,15 @@ def test_two_hundred_clients_and_those_that_vanish(server: Serving, rng: random.
     async def ask(http: httpx.AsyncClient, number: int) -> None:
         body = {"prompt": prompts[number], "max_tokens": 8, "temperature": 0, "return_token_ids": True}
         if number % 10 == 1:
-            body |= {"stream": True, "max_tokens": 400}
+            body |= {"stream": True, "max_tokens": 900}
             async with http.stream("POST", "/v1/completions", json=body) as response:
                 async for line in response.aiter_lines():
                     if line.startswith("data: "):
                         return  # closes the connection
         elif number % 10 == 2:
-            body |= {"max_tokens": 400, "stream": number % 20 == 2}
-            with pytest.raises(httpx.ReadTimeout):
-                await http.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=rng.random() / 10))
+            body |= {"max_tokens": 900, "stream": number % 20 == 2}
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(http.post("/v1/completions", json=body), rng.random() / 10)
         elif number % 2:
             answers[number] = (await http.post("/v1/completions", json=body)).json()["choices"][0]["token_ids"]
         else:
@@ -205,10 +202,10 @@ def connect(server: Serving, body: dict[str, Any]) -> socket.socket:
 
 @pytest.mark.parametrize("backend", ["paged"])
 def test_a_slow_client_delays_nobody(server: Serving, client: openai.OpenAI, rng: random.Random) -> None:
-    """It gets 600 tokens, some 250 KB, of which it reads none while others are served and its own request ends."""
+    """It gets 500 tokens, some 140 KB, of which it reads none while others are served and its own request ends."""
     prompt = words(rng, 12)
     slow = connect(
-        server, {"prompt": prompt, "max_tokens": 600, "stream": True, "return_token_ids": True, "temperature": 0}
+        server, {"prompt": prompt, "max_tokens": 500, "stream": True, "return_token_ids": True, "temperature": 0}
     )
     wait_until(lambda: server.scheduler.counters["generated_tokens"] > 0)
     for _ in range(3):
@@ -222,7 +219,7 @@ def test_a_slow_client_delays_nobody(server: Serving, client: openai.OpenAI, rng
     data = [line[6:] for line in received.decode().splitlines() if line.startswith("data: ")]
     assert data.pop() == "[DONE]"
     tokens = [token for one in data for token in json.loads(one)["choices"][0]["token_ids"]]
-    assert len(tokens) == 600
+    assert len(tokens) == 500
     assert_greedy(prompt, tokens[:100])
 
 
