@@ -56,6 +56,7 @@ OPTIONAL = {
         "matplotlib",
         "msgpack",
         "rich",
+        "tokenizers",
     ),
     *("sglang", "transformers", "triton", "vllm"),
     *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
