@@ -149,7 +149,27 @@ void AddedLengths::undo() {
 
 // ---- room for tokens -----------------------------------------------------------------------------
 
+template <class Grow>
+void SequenceGrowth::with_or_without_cache(Transaction& tx, const Grow& grow) {
+  const Transaction::Point before = tx.here();
+  try {
+    return grow();
+  } catch (const OutOfMemory&) {
+    if (!table_.eviction_scatters()) throw;
+  }
+  tx.roll_back_to(before);
+  table_.evict_all(tx);
+  grow();
+}
+
 void SequenceGrowth::grow_needy(const StepPlan& plan, std::size_t* done, Transaction& tx) {
+  with_or_without_cache(tx, [&] {
+    *done = 0;
+    grow_in_order(plan, done, tx);
+  });
+}
+
+void SequenceGrowth::grow_in_order(const StepPlan& plan, std::size_t* done, Transaction& tx) {
   if (groups_.is_simple()) {
     for (; *done < plan.needy.size(); ++*done) {
       const i64 i = plan.needy[*done], index = plan.indices[i], tokens = sequences_.tokens(index, 0);
@@ -183,7 +203,7 @@ void SequenceGrowth::grow_to(i64 index, i64 tokens, i64 held, Transaction& tx) {
     if (groups_.grows(g, -1)) records_.set_tokens(index, g, tokens, tx);
   }
   KVMEM_ASSERT(0 <= held && held <= tokens, "a sequence grows by a number of tokens");
-  grow_one(index, tokens - held, -1, tx);
+  with_or_without_cache(tx, [&] { grow_one(index, tokens - held, -1, tx); });
 }
 
 void SequenceGrowth::explain(const StepPlan& plan, std::size_t done, const OutOfMemory& why) const {

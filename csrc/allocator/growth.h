@@ -116,6 +116,11 @@ class SequenceGrowth {
   }
 
  private:
+  void grow_in_order(const StepPlan& plan, std::size_t* done, Transaction& tx);
+  // Runs grow(). If memory is short, runs it again without cached content, where that may help: evicted one by one,
+  // blocks of a group come free on pages that hold others of it, and so give no page to another group.
+  template <class Grow>
+  void with_or_without_cache(Transaction& tx, const Grow& grow);
   void start_ahead(const i64* indices, i64 n, i64 group);
   void decide_ahead(const i64* indices, i64 n, i64 group);
   bool decide_one(i64 index, i64 group, Transaction& tx);

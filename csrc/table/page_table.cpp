@@ -53,6 +53,16 @@ void PageTable::keep(i32 node, i64 group, Transaction& tx) {
   }
 }
 
+void PageTable::evict_all(Transaction& tx) {
+  evict_truncated_ends(tx);
+  evict_in_order(
+      tx, [] { return true; },
+      [&](Item x) {
+        evict_item(x, tx);
+        return Outcome::evicted;
+      });
+}
+
 i64 PageTable::reclaim(i64 pages, bool content, Transaction& tx) {
   i64 freed = 0;
   for (const Reclaim kind : kReclaimOrder) {

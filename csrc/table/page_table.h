@@ -150,6 +150,11 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
     unskip_item(x, tx);
     evict_window(x.node, x.window, tx);
   }
+  // Evicts all that is cached and neither used nor pinned, in the policy's order.
+  void evict_all(Transaction& tx);
+  // Whether growth may fail although it would succeed with nothing cached: memory that is evicted item by item can be
+  // of less use than the same memory evicted at once.
+  virtual bool eviction_scatters() const { return false; }
   // Calls evict(item) for each victim that the policy names, while wants(). evict() returns what became of the item.
   template <class Wants, class Evict>
   void evict_in_order(Transaction& tx, Wants wants, Evict evict) {

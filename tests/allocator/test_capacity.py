@@ -172,3 +172,32 @@ def test_a_neighbour_in_the_pool(backend: str) -> None:
         seq.extend(80)
         assert mine.free_tokens() == 80 and mine.can_fit(80) and not mine.can_fit(81)
     assert mine.free_tokens() == 160
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_is_refused_would_not_fit_beside_an_empty_cache_either(
+    name: str, backend: str, rng: random.Random
+) -> None:
+    """Whatever is cached, wherever its blocks lie on the pages of several groups."""
+    refused, loop = 0, Steps(100)
+    while loop.next(refused > 10):
+        with draw(rng, SPECS[name], backend) as alloc:
+            texts = [[rng.randrange(3) for _ in range(MOST)] for _ in range(4)]
+            live: list[tuple[kvmem.Sequence, list[int]]] = []
+            for _ in range(30):
+                if live and (len(live) == 6 or rng.random() < 0.5):
+                    seq, tokens = live.pop(rng.randrange(len(live)))
+                    seq.free()
+                    continue
+                tokens = rng.choice(texts)[: rng.randrange(1, MOST)]
+                seq = alloc.sequence(tokens)
+                new = len(tokens) - seq.num_tokens
+                if seq.try_extend(new):
+                    seq.commit(tokens[seq.num_cached_tokens :])
+                    live.append((seq, tokens))
+                    continue
+                alloc.clear_cache()
+                assert not seq.try_extend(new), f"{new} tokens after {seq.num_cached_tokens} fit now"
+                refused += 1
+                seq.free()
+            assert alloc.check() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from kernel_cases import assert_close, every_backend, one_thread
 
 import kvmem
+from kvmem.kernels import cpu, reference
 from kvmem.kernels import flashinfer as args
-from kvmem.kernels import reference
 from kvmem.kernels.base import Step
 from kvmem.kernels.registry import find
 from kvmem.layouts.lanes import LaneCache, LaneSequence
@@ -301,6 +302,29 @@ def test_memory_that_is_short_changes_nothing(seed: int) -> None:
     assert len([cache.sequence(), cache.sequence()]) == 2
     for call in (cache.sequence, mirror.seq.fork):
         unchanged(mirror, call, NO_MEMORY, "all 3 sequences are in use")
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cpu_kernel_reads_lanes_where_they_lie(backend: str, dtype: torch.dtype, seed: int) -> None:
+    """Lanes of unequal lengths, one of them with the new token alone."""
+    width = BLOCK // (16 * dtype.itemsize)  # rows can hold lanes then
+    cache, draw = make(dtype=dtype, backend=backend, head_dim=width), torch.Generator().manual_seed(seed)
+    seqs = [cache.sequence() for _ in range(2)]
+    for layer, (seq, n) in itertools.product(range(LAYERS), zip(seqs, (70, 5), strict=True)):
+        k, v = torch.randn(2, n, 2, width, generator=draw).to(dtype)
+        seq.append(layer, k, v)
+        seq.evict(layer, (torch.rand(2, n, generator=draw) < 0.5) & (torch.arange(2) > 0).unsqueeze(1))
+    lanes = cache.lanes(seqs)
+    for layer in range(LAYERS):
+        q, k, v = (
+            torch.randn(2, 6, width, generator=draw).to(dtype),
+            *torch.randn(2, 2, 2, width, generator=draw).to(dtype),
+        )
+        lanes.append(layer, k, v)
+        found = cpu.attention(lanes.split_heads(q, layer), cache.kv, lanes.head_requests(layer))
+        for mine, wanted in zip(found, lanes.attend(q, layer), strict=True):
+            assert_close(lanes.join_heads(mine, layer), wanted, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

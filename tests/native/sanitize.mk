@@ -52,7 +52,7 @@ sanitize-programs: tsan-programs $(SAN)/asan/canary $(addprefix $(SAN)/asan/test
 
 tsan-programs: $(SAN)/tsan/canary $(SAN)/tsan/tests/native/stress/stress  # without $(READY): they need no Python
 
-# A folder's sources are compiled as one unit, as setup.py does with KVMEM_UNITS=1: less than half of the time.
+# A folder's sources are compiled as one unit, as setup.py does.
 CORE_SOURCES := $(CORE_OBJECTS:.o=.cpp)
 APART := csrc/eviction/statistics.cpp
 CORE_FOLDERS := $(patsubst csrc/%/,%,$(sort $(dir $(CORE_SOURCES))))
@@ -61,12 +61,12 @@ CORE_UNITS := $(CORE_FOLDERS:%=build/units/%.o) $(APART:.cpp=.o)
 # The Python module's objects serve the programs too: under AddressSanitizer the core is compiled once. setup.py knows
 # what is out of date; the archive is written only when it differs, so that nothing is linked for no reason.
 asan-module: $(READY)
-	KVMEM_DEBUG=1 KVMEM_UNITS=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
+	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
 
 $(SAN)/asan/core.a: asan-module
 	@mkdir -p $(@D) && rm -f $@.new
 	nanobind=$$($(PY) -c "import nanobind; print(nanobind.__version__)") && \
-	  cd $(SAN)/objects/temp.*-nanobind$$nanobind-debug-address-undefined-units && \
+	  cd $(SAN)/objects/temp.*-nanobind$$nanobind-debug-address-undefined && \
 	  $(AR) rcsD $(CURDIR)/$@.new $(CORE_UNITS)
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
@@ -152,5 +152,5 @@ test-asan-python: asan-module
 test-tsan-python: $(SAN)/canary-tsan.so $(READY)  ## tests with threads on a native module built with ThreadSanitizer
 	@echo "race:_dl_deallocate_tls" > $(SAN)/tsan.supp
 	$(call must_report,$(TSAN_PYTHON) $(PY) -c "import ctypes; ctypes.CDLL('$(SAN)/canary-tsan.so').race()","data race")
-	KVMEM_DEBUG=1 KVMEM_UNITS=1 KVMEM_SANITIZE=$(SAN_tsan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/tsan-python
+	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_tsan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/tsan-python
 	$(TSAN_PYTHON) $(BIN)pytest -p no:cacheprovider $(TSAN_TESTS) $(ARGS)

@@ -57,11 +57,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
     (sdist,) = tmp.glob("*.tar.gz")
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
     offline = ("--no-deps", "--no-index")
-    quick = {
-        "CFLAGS": "-O0",
-        "CXXFLAGS": "-O0",
-        "KVMEM_UNITS": "1",
-    }  # newer setuptools reads CXXFLAGS, older ones CFLAGS
+    quick = {"CFLAGS": "-O0", "CXXFLAGS": "-O0"}  # newer setuptools reads CXXFLAGS, older ones CFLAGS
     run(*pip, "wheel", *offline, "--no-build-isolation", "-w", tmp, sdist, cwd=tmp, PYTHONPATH=str(poison), **quick)
     (wheel,) = tmp.glob("*.whl")
     run(*pip, "install", *offline, "--target", tmp / "site", wheel, cwd=tmp)

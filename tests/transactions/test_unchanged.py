@@ -83,7 +83,7 @@ def step_all(pair: PrefixLockstep, rng: random.Random) -> None:
 @pytest.mark.parametrize("name", ["plain", "window", "narrow", "state"])
 def test_random_programs_with_refusals(name: str, backend: str, rng: random.Random) -> None:
     refused = 0
-    for _ in range(200 if LONG else 6):
+    for _ in range(200 if LONG else 3):
         alloc = kvmem.Allocator(
             specs()[name], backend=backend, memory=rng.choice([12, 20, 40]) * PAGE, page_bytes=PAGE, interleave=1,
             max_sequences=6, max_tokens=200, policy=rng.choice(["lru", "density"]), tail_guard_tokens=rng.choice([0, 4]),
@@ -98,7 +98,7 @@ def test_random_programs_with_refusals(name: str, backend: str, rng: random.Rand
             if number % 10 == 9:
                 pair.contents_agree()
         refused += watched.refused
-    assert refused > 20
+    assert refused > 10
 
 
 # ---- one by one -----------------------------------------------------------------------------------

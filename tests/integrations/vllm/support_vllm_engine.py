@@ -40,12 +40,15 @@ def save_model(folder: Path) -> Any:
     return smollm2.tokenizer
 
 
-def run_engine(asked: dict[str, Any], *, seconds: float = 280) -> dict[str, Any]:
+def run_engine(
+    asked: dict[str, Any], *, seconds: float = 280, child_file: Path = CHILD, **environment: str
+) -> dict[str, Any]:
     """Run an engine to its end in a child process, which is ended after ``seconds``, and return what it printed."""
     root = CHILD.parents[3]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(root), str(CHILD.parent), str(root / "tests" / "tiers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(
-        [sys.executable, str(CHILD), json.dumps(asked)], cwd=root, env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
+        [sys.executable, str(child_file), json.dumps(asked)], cwd=root,
+        env=os.environ | _ENVIRONMENT | environment | {"PYTHONPATH": path},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
