@@ -68,4 +68,4 @@ class Held:
             return None
         if end <= len(known):
             return known[self.committed : end]
-        return request.all_token_ids[self.committed : end]  # type: ignore[return-value]  # a list
+        return request.all_token_ids[self.committed : end]  # a list
