@@ -6,6 +6,7 @@ anything, finds in every live table what was written for exactly these tokens: s
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -32,13 +33,18 @@ SHAPES = {"full": [kv(0)], "full and window": [kv(0), kv(1, 6)], "window": [kv(0
 class Worker:
     """Requests that grow over kvmem, tables that are appended to, and what was written where."""
 
-    def __init__(self, shape: str, backend: str, draw: random.Random, *, debug: bool = False) -> None:
+    def __init__(self, shape: str, backend: str, draw: random.Random, **options: Any) -> None:
         spec = CacheSpec(tuple(SHAPES[shape]), block_size=BLOCK)
         pages = draw.choice([10, 16, 40]) * len(SHAPES[shape])
-        allocator = Allocator(
-            spec, backend=backend, device="meta", memory=pages * 4096, page_bytes=4096, max_sequences=4, max_tokens=48,
-            append_only=True, policy=draw.choice(["lru", "density"]), debug=debug,
-        )  # fmt: skip
+        policy = draw.choice(["lru", "density"])
+
+        def make(**more: Any) -> Allocator:
+            return Allocator(
+                spec, backend=backend, device="meta", memory=pages * 4096, page_bytes=4096, max_sequences=4, max_tokens=48,
+                append_only=True, policy=policy, **more,
+            )  # fmt: skip
+
+        allocator, self.make = make(**options), make
         self.allocator, self.cache, self.draw = allocator, SchedulerCache(allocator), draw
         self.writes = backend == "paged"  # virtual: pages of several rows are one, which ids do not show
         self.tables: dict[int, list[list[int]]] = {}
@@ -181,6 +187,44 @@ def test_a_block_that_is_cached_already_is_kept(backend: str) -> None:
         assert cache.block_ids("c").tolist()[:2] == cache.block_ids("a").tolist()[:2]
     cache.free_all(["a", "b", "c"])
     assert cache.allocator.stats().cached_blocks == 3 and cache.allocator.check() == []
+
+
+def test_ranks_that_follow_have_the_same_tables(backend: str, seed: int) -> None:
+    for run in range(10):
+        worker = Worker("full and window", backend, random.Random(f"{seed} {run}"), record_ops=True)
+        follower = worker.make()
+        for _ in range(40):
+            worker.act()
+            follower.apply(worker.allocator.take_ops())
+            for name in worker.tables:
+                handle = worker.cache.sequence(name).id
+                for g in range(2):
+                    mine, theirs = (one.core.table(handle, g) for one in (worker.allocator, follower))
+                    assert (mine is None and theirs is None) or mine.blocks.tolist() == theirs.blocks.tolist()
+        assert follower.check() == []
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_who_computed_the_same_offers_its_blocks_when_the_first_ends(others: int) -> None:
+    """Or the first one's would be kept beside them, and could not be evicted while they live."""
+    cache = SchedulerCache(open_allocator("paged", append_only=True))
+    same, names = prompt(1, 2), [f"request {i}" for i in range(1 + others)]
+    texts = {name: np.concatenate([same, prompt(3 + i)]) for i, name in enumerate(names)}
+    for name, tokens in texts.items():
+        cache.allocate(name, tokens=tokens)
+    for name, tokens in texts.items():  # so none finds another
+        cache.publish(name, tokens)
+    tables = {name: cache.block_ids(name).tolist() for name in names}
+    for first, second in itertools.pairwise(names):
+        cache.free(first)
+        assert cache.allocator.check() == [] and cache.block_ids(second).tolist() == tables[second]
+        ended = int(first.split()[1]) + 1
+        assert cache.allocator.stats().cached_blocks == ended, "only what the others did not compute"
+        cache.allocate("new", tokens=prompt(1, 2, 9))
+        assert cache.block_ids("new").tolist()[:2] == tables[second][:2]
+        cache.free("new")
+    cache.free(names[-1])
+    assert cache.allocator.stats().cached_blocks == 2 + len(names) and cache.allocator.check() == []
 
 
 def test_a_request_alone_never_needs_room_for_a_second_copy() -> None:

@@ -66,4 +66,6 @@ class Held:
         known = self.prompt.ids
         if known is None:
             return None
-        return list(request.all_token_ids[self.committed : end]) if end > len(known) else known[self.committed : end]
+        if end <= len(known):
+            return known[self.committed : end]
+        return request.all_token_ids[self.committed : end]  # type: ignore[return-value]  # a list

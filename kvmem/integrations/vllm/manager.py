@@ -162,6 +162,8 @@ class BlockManager:
         held = self._held.get(request.request_id)
         tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
         if held is not None:
+            if num_new_tokens == 1 and tokens <= held.room:  # most steps
+                return self.empty_kv_cache_blocks
             added = self.empty_kv_cache_blocks if tokens <= held.room else self._grow(held, request, tokens)
             if num_new_tokens > 1 and self._ahead and added is not None:
                 self._publish(held, request, request.num_computed_tokens + num_new_tokens)
@@ -203,9 +205,11 @@ class BlockManager:
     def _grow(self, held: Held, request: Request, tokens: int) -> Any:
         """Publish what the request has computed, and give it room for ``tokens``."""
         cache, room, size = self._cache, held.room, self.block_size
-        end = round_up(min(tokens, self.max_model_len), size)
-        if end <= room:
-            return self.empty_kv_cache_blocks
+        end = room + size  # mostly
+        if tokens > end or tokens > self.max_model_len:
+            end = round_up(min(tokens, self.max_model_len), size)
+            if end <= room:
+                return self.empty_kv_cache_blocks
         valid = request.num_computed_tokens - request.num_in_flight_tokens
         full = self._publishes and valid >= room
         if full:
