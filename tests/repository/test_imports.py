@@ -26,9 +26,9 @@ LEVELS: dict[str, int] = {
             "_core errors arguments",
             "spec",
             "memory geometry events",
-            "tiers transport",
+            "tiers",
             "allocator",
-            "kernels distributed",
+            "kernels",
             "layouts",
             "chunks selectors near",
             "integrations plan",
@@ -40,7 +40,7 @@ LEVELS: dict[str, int] = {
 ALONE = 2  # folders of this level never import each other: they meet in the allocator
 FACADE = 4  # kvmem/__init__.py names what is public up to this level; only higher levels write `from kvmem import ...`
 OPTIONAL_FROM = 5  # from this level on a file may import an optional package, the one it is about
-OPTIONAL_TOO = {"tiers", "transport"}  # clients of stores and of transports
+OPTIONAL_TOO = {"tiers"}  # clients of stores
 OPTIONAL_FILES = {"allocator/prefetch/l2_triton.py"}  # a kernel that the allocator itself launches
 
 REQUIRED = {"torch", "numpy"}
@@ -56,9 +56,8 @@ OPTIONAL = {
         "matplotlib",
         "msgpack",
         "rich",
-        "tokenizers",
     ),
-    *("sglang", "transformers", "triton", "vllm"),
+    *("transformers", "triton", "vllm"),
     *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
 }
 
@@ -174,7 +173,7 @@ def test_imports_point_down() -> None:
         ("allocator/prefetch/calls.py", "import triton", "from level 5 on"),
         ("kernels/flashinfer.py", "import flashinfer\nfrom kvmem import Allocator", None),
         ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 5 may not import level 9"),
-        ("integrations/serving.py", "import sglang", "neither the standard library"),
+        ("integrations/serving.py", "import lmcache", "neither the standard library"),
         ("bench/__main__.py", "import click, rich, matplotlib.pyplot", None),
         ("bench/run.py", "from benchmarks import step", "neither the standard library"),
         ("bench/render.py", "from kvmem.bench.gpu import tables", "only the command line knows the GPU"),
