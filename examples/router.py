@@ -29,8 +29,8 @@ class Engine:
     """An allocator, a thread, and a model that writes each token's id into the cache and checks what it finds."""
 
     def __init__(self, shared):
-        tiers = Tiers(host="256KiB", lower=[shared] if shared else [], identity=Identity("toy"))
-        sizes = {"memory": "1MiB", "max_sequences": 2, "max_tokens": 1024, "events": 8192}
+        tiers = Tiers(host="128KiB", lower=[shared] if shared else [], identity=Identity("toy"))
+        sizes = {"memory": "384KiB", "max_sequences": 2, "max_tokens": 1024, "events": 8192}
         self.alloc = kvmem.Allocator(SPEC, backend="paged", device="cpu", tiers=tiers, **sizes)
         self.thread, self.places, self.work = ThreadPoolExecutor(1), Counter(), 0  # places of each block, by its hash
 

@@ -62,8 +62,8 @@ class RankGroup:
     Attributes: ``rank`` in the group, ``ranks`` how many, ``leads``, ``step`` the number of the latest step,
     ``step_bytes`` of its ops and message.
 
-    ``SpecError`` if the allocators differ in what must be equal (all ranks raise it), or torch.distributed is not
-    initialised. Not thread-safe.
+    ``SpecError`` if the allocators differ in what must be equal (all ranks raise it; ``zero`` is not compared), or
+    torch.distributed is not initialised. Not thread-safe.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class RankGroup:
             raise SpecError("RankGroup: call torch.distributed.init_process_group() first")
         if not isinstance(alloc, Allocator):
             raise SpecError(f"alloc: got {brief(alloc)}; must be an Allocator")
-        if isinstance(timeout_seconds, bool) or not 0.01 <= timeout_seconds <= 86_400:
+        number = isinstance(timeout_seconds, (int, float)) and not isinstance(timeout_seconds, bool)
+        if not number or not 0.01 <= timeout_seconds <= 86_400:
             raise SpecError(f"timeout_seconds: got {timeout_seconds!r}; must be from 0.01 to a day")
         if group is not None and not (isinstance(group, dist.ProcessGroup) and "gloo" in dist.get_backend(group)):
             raise SpecError(f"group: got {brief(group)}; must be a gloo group with this rank in it, or None")

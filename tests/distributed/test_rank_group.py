@@ -230,7 +230,7 @@ def wrong_arguments(rank: int) -> None:
     with make("paged", True) as alloc:
         for options, words in [
             ({"leader": 1}, "leader"), ({"timeout_seconds": 0}, "timeout_seconds"), ({"group": 3}, "gloo group"),
-            ({"timeout_seconds": float("nan")}, "timeout_seconds"),
+            ({"timeout_seconds": float("nan")}, "timeout_seconds"), ({"timeout_seconds": "1"}, "timeout_seconds"),
         ]:  # fmt: skip
             with pytest.raises(kvmem.SpecError, match=words):
                 RankGroup(alloc, **options)

@@ -52,7 +52,7 @@ PARTS = [
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/near", ["tests/near"], [], 1_020),
     ("tests/distributed", ["tests/distributed"], [], 375),
-    ("tests/transport", ["tests/transport"], [], 430),
+    ("tests/transport", ["tests/transport"], [], 490),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
     ("tests/plan", ["tests/plan"], [], 1_890),
     ("tests/engine", ["tests/engine"], [], 760),

@@ -8,14 +8,16 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from transport_peers import KINDS, exposed, need, open_transport, pattern
 
 from kvmem.errors import SpecError, TierError
-from kvmem.transport import Transport
+from kvmem.tiers.base import Buffer
+from kvmem.transport import Remote, Transport
+from kvmem.transport.base import RegisteredTransport, ScratchRemote
 from kvmem.transport.sockets import SocketTransport
 
 BYTES = 3 << 20  # more than the scratch of a remote
@@ -100,6 +102,63 @@ def test_a_peer_that_hangs_and_comes_back(transport: Transport, seed: int) -> No
                 remote.read([(0, BYTES)], 0.2)
         os.kill(process.pid, signal.SIGCONT)
         assert remote.read([(5, BYTES - 5)], SOON) == [content[5:]]
+
+
+class Slow(ScratchRemote[list[int]]):
+    """A transfer of one byte, the offset itself, that ends when it is told to, and cannot be cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__(SlowTransport(4096), "a slow one", 256)
+        self.begun: list[tuple[int, int]] = []
+        self.over = True
+
+    def _begin(self, offsets: Sequence[int], at: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        self.begun += zip(at, offsets, strict=True)
+        return [0]
+
+    def _ended(self, transfer: list[int]) -> bool:
+        if self.over:
+            self.arrive()
+        return self.over
+
+    def _cancel(self, transfer: list[int]) -> bool:
+        return False
+
+    def arrive(self) -> None:
+        for place, byte in self.begun:
+            self._scratch[place] = byte
+        self.begun.clear()
+
+
+class SlowTransport(RegisteredTransport[None]):
+    name = "slow"
+
+    def expose(self, memory: Buffer) -> bytes:
+        return b""
+
+    def connect(self, address: bytes) -> Remote:
+        return Slow()
+
+    def _enter(self, where: int, num_bytes: int) -> None: ...
+    def _leave(self, where: int, registration: None) -> None: ...
+    def _end(self) -> None: ...
+
+
+def test_what_arrives_after_a_read_was_given_up_is_not_taken_for_another() -> None:
+    remote = Slow()
+    assert remote.read([(7, 1)], SOON) == [b"\x07"]
+    remote.over = False
+    with pytest.raises(TierError, match="no answer in time"):
+        remote.read([(8, 1)], 0.01)
+    with pytest.raises(TierError, match="an earlier read has not ended"):
+        remote.read([(9, 1)], 0.01)
+    assert [byte for _, byte in remote.begun] == [8]  # the second has not begun: its bytes would meet the first one's
+    remote.over = True
+    assert remote.read([(10, 1), (11, 1)], SOON) == [b"\x0a", b"\x0b"]
+    remote.close()
+    remote.close()
+    with pytest.raises(TierError, match="closed"):
+        remote.read([(7, 1)], SOON)
 
 
 def test_what_is_no_address(transport: Transport) -> None:
