@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,12 +30,12 @@ def need_sglang() -> None:
     except importlib.metadata.PackageNotFoundError:
         reason = f"SGLang {VERSION} is not installed; `make test-sglang` installs it in a folder and runs these"
         pytest.skip(reason, allow_module_level=True)
+    standins.install()
 
 
 def import_sglang() -> None:
     """Import what a machine without a GPU can; skip the calling module unless SGLang is installed."""
     need_sglang()
-    standins.install()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("sglang.srt.mem_cache.unified_cache.unified_cache_linker")
@@ -197,3 +198,37 @@ def options(**more: Any) -> dict[str, Any]:
 
 def open_store(*tiers: Tier, seconds: float = 0.3) -> TierStore:
     return TierStore(tiers, seconds)
+
+
+def open_linker(pool: Any, *, params: dict[str, Any] | None = None, **more: Any) -> Any:
+    """As SGLang opens it: through its own factory."""
+    from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+    from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker
+
+    config = {
+        "linker": "KVMemLinker",
+        "linker_module_path": "kvmem.integrations.sglang.linker",
+        "linker_extra_config": options(**more),
+    }
+    return create_unified_cache_linker(
+        None, cache_params(pool, **params or {}), backend="dynamic", config=config, components={ComponentType.FULL}
+    )
+
+
+def completed(linker: Any, count: int) -> list[bool]:
+    """Return the results of offloads, which come in their order."""
+    until = time.monotonic() + 20
+    while linker.num_completed_offloads() < count:
+        assert time.monotonic() < until, "an offload has no completion"
+        time.sleep(0.002)
+    assert linker.num_completed_offloads() == count
+    return [linker.pop_completed_offload() for _ in range(count)]
+
+
+def run_load(linker: Any) -> bool:
+    """Start what is queued and wait for each layer as a forward pass does."""
+    index = linker.start_layer_wise_loading()
+    linker.layer_done_counter.set_consumer(index)
+    for layer in range(LAYERS):
+        linker.layer_done_counter.wait_until(layer)
+    return bool(linker.finish_layer_wise_loading(index))

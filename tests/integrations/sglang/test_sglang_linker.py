@@ -16,25 +16,21 @@ from support_sglang import (
     PAGE,
     WIDTH,
     DictTier,
-    cache_params,
+    completed,
     context,  # noqa: F401  a fixture
     device_pool,
     import_sglang,
-    options,
+    open_linker,
     rows,
+    run_load,
     tier,  # noqa: F401
     transfer,
 )
 
 import_sglang()
 
-from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName  # noqa: E402
-from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import DevicePoolEntry, DevicePoolGroup  # noqa: E402
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # noqa: E402
-from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker  # noqa: E402
+from sglang.srt.mem_cache.hicache_storage import PoolName  # noqa: E402
 
-from kvmem.errors import SpecError  # noqa: E402
-from kvmem.integrations.sglang import linker as linker_module  # noqa: E402
 from kvmem.integrations.sglang.linker import KVMemLinker  # noqa: E402
 from kvmem.tiers.base import Result, Status  # noqa: E402
 
@@ -44,45 +40,12 @@ def pool() -> Any:
     return device_pool(16)
 
 
-def open_linker(pool: Any, *, params: dict[str, Any] | None = None, **more: Any) -> KVMemLinker:
-    """As SGLang opens it: through its own factory."""
-    config = {
-        "linker": "KVMemLinker",
-        "linker_module_path": "kvmem.integrations.sglang.linker",
-        "linker_extra_config": options(**more),
-    }
-    found = create_unified_cache_linker(
-        None, cache_params(pool, **params or {}), backend="dynamic", config=config, components={ComponentType.FULL}
-    )
-    assert isinstance(found, KVMemLinker)
-    return found
-
-
 @pytest.fixture
 def linker(pool: Any, tier: DictTier, context: Any) -> Iterator[KVMemLinker]:  # noqa: F811
     with_closing = open_linker(pool)
     yield with_closing
     with_closing.close()
     assert (with_closing._staged, with_closing._waiting, with_closing._queued) == (0, 0, {})
-
-
-def completed(linker: KVMemLinker, count: int) -> list[bool]:
-    """Return the results of offloads, which come in their order."""
-    until = time.monotonic() + 20
-    while linker.num_completed_offloads() < count:
-        assert time.monotonic() < until, "an offload has no completion"
-        time.sleep(0.002)
-    assert linker.num_completed_offloads() == count
-    return [linker.pop_completed_offload() for _ in range(count)]
-
-
-def run_load(linker: KVMemLinker) -> bool:
-    """Start what is queued and wait for each layer as a forward pass does."""
-    index = linker.start_layer_wise_loading()
-    linker.layer_done_counter.set_consumer(index)
-    for layer in range(LAYERS):
-        linker.layer_done_counter.wait_until(layer)
-    return linker.finish_layer_wise_loading(index)
 
 
 def test_stored_reset_loaded(linker: KVMemLinker, pool: Any) -> None:
@@ -254,53 +217,22 @@ def test_staging_bounds_what_is_promised(pool: Any, tier: DictTier, context: Any
     linker.close()
 
 
-def test_what_keys_cover(pool: Any, tier: DictTier, context: Any) -> None:  # noqa: F811
-    """Another model, weights, rank or layout finds nothing. Salt, extra key and adapter are in SGLang's page hash."""
-    linker = open_linker(pool)
-    linker.offload([transfer("a", [1])])
-    completed(linker, 1)
+def test_offloads_that_wait_are_bounded(pool: Any, tier: DictTier, context: Any) -> None:  # noqa: F811
+    """What a slow tier cannot keep up with is completed as not stored, in its turn."""
+    linker = open_linker(pool, staging=2 * 2 * LAYERS * PAGE * HEADS * WIDTH * 4, deadline_seconds=20)
+    gate, began = threading.Event(), threading.Event()
 
-    def found(**more: Any) -> list[int]:
-        other = open_linker(more.pop("pool", pool), **more)
-        try:
-            return other.lookup("r", [transfer("a")])
-        finally:
-            other.close()
+    def wait(call: str, keys: Any) -> None:
+        if call == "put":
+            began.set()
+            gate.wait(20)
 
-    tier.closed = False
-    assert found() == [1]
-    assert found(model="other") == []
-    assert found(params=dict(pp_rank=1, pp_size=2)) == []
-    assert found(params=dict(attn_cp_rank=1, attn_cp_size=2)) == []
-    for said, name, value in [
-        (context.model, "model_path", "org/other"),
-        (context.model, "revision", "2"),
-        (context.model, "json_model_override_args", '{"rope_theta": 1}'),
-        (context.serving, "weight_version", "2"),
-    ]:
-        before = getattr(said, name)
-        setattr(said, name, value)
-        assert found() == [], name
-        setattr(said, name, before)
-    halves = device_pool(16)
-    halves.k_buffer = [buffer.half() for buffer in halves.k_buffer]
-    halves.v_buffer = [buffer.half() for buffer in halves.v_buffer]
-    assert found(pool=halves) == []
+    tier.fault = wait
+    assert linker.offload([transfer("a", [1])]) and began.wait(20)
+    assert linker.offload([transfer("b", [2])]) and linker.offload([transfer("c", [3])])
+    gate.set()
+    assert completed(linker, 3) == [True, True, False]
     linker.close()
-
-
-def test_what_is_refused(pool: Any, tier: DictTier, context: Any) -> None:  # noqa: F811
-    with pytest.raises(SpecError, match="tiers"):
-        KVMemLinker(None, cache_params(pool), components={ComponentType.FULL}, extra_config={})
-    with pytest.raises(SpecError, match="speculative"):
-        open_linker(pool, params=dict(mtp_draft_device_pools=(pool,)))
-    with pytest.raises(SpecError, match="cannot serve this model"):
-        KVMemLinker(
-            None, cache_params(pool), components={ComponentType.FULL, ComponentType.SWA}, extra_config=options()
-        )
-    pool.k_scale_buffer = [torch.ones(1)]
-    with pytest.raises(SpecError, match="unscaled"):
-        open_linker(pool)
 
 
 def test_ranks_refuse_together(linker: KVMemLinker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,42 +251,6 @@ def test_ranks_refuse_together(linker: KVMemLinker, monkeypatch: pytest.MonkeyPa
     assert not linker.load("r", [transfer("a", [2])])
     assert not linker.load("r", [transfer("b", [2])])
     assert asked == [(1, "attention"), (0, "attention")] and linker._staged == 0
-
-
-def test_pools_with_trailing_windows(pool: Any, tier: DictTier, context: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """A second pool whose pages exist at some boundaries only, as of sliding windows: each length that both can restore."""
-    window = torch.randn(16 * PAGE, 3)
-    entries = [
-        DevicePoolEntry(
-            name=name,
-            indices_from_pool=name,
-            device_pool=None,
-            components=[buffers],
-            layer_mapping=mapping,
-            page_size=PAGE,
-            rows_are_pages=False,
-        )
-        for name, buffers, mapping in [
-            (PoolName.KV, pool.k_buffer, {layer: layer for layer in range(LAYERS)}),
-            (PoolName.SWA, [window], {2: 0}),
-        ]
-    ]
-    group = DevicePoolGroup(entries, LAYERS, PAGE)
-    monkeypatch.setattr(linker_module, "resolve_hybrid_device_pool_group", lambda **_: group)
-    both = {ComponentType.FULL, ComponentType.SWA}
-    linker = KVMemLinker(None, cache_params(pool), components=both, extra_config=options())
-    trailing: dict[str, Any] = dict(name=PoolName.SWA, hit_policy=PoolHitPolicy.TRAILING_PAGES)
-    kept, kept_window = pool.k_buffer[2].clone(), window.clone()
-    linker.offload([transfer("abcdef", range(6)), transfer("bcf", [1, 2, 5], **trailing)])
-    assert completed(linker, 1) == [True]
-    assert linker.lookup("r", [transfer("abcdef"), transfer("f", **trailing)]) == [2, 3, 6]
-    assert linker.lookup("r", [transfer("abcdef"), transfer("ef", **trailing)]) == [3]
-    window.zero_()
-    assert linker.load("r", [transfer("abc", [8, 9, 10]), transfer("bc", [3, 4], **trailing)])
-    assert run_load(linker)
-    assert torch.equal(window[3 * PAGE : 5 * PAGE], kept_window[PAGE : 3 * PAGE])
-    assert torch.equal(pool.k_buffer[2][8 * PAGE : 11 * PAGE], kept[: 3 * PAGE])
-    linker.close()
 
 
 def test_random_worlds(linker: KVMemLinker, pool: Any, tier: DictTier, seed: int) -> None:  # noqa: F811
