@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -30,13 +30,6 @@ __all__ = ["IN_PLACE", "PagedCache", "attention"]
 
 #: ``attn_implementation`` of models whose attention reads the cache where it lies.
 IN_PLACE = "kvmem_paged"
-
-
-class Need(NamedTuple):
-    """Tokens that a request lacks room for."""
-
-    request_id: str
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -58,16 +51,9 @@ class LayerKind:
         """Return how many tokens the new ones attend to, themselves included."""
         return query_length + (past_length if self.window_tokens is None else min(past_length, self.window_tokens - 1))
 
-    def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> Need:
+    def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> tuple[str, int]:
         """Return what ``count_storable_requests`` is to try: only allocating tells what fits beside cached content."""
-        return Need(request_id, self.cache.missing_tokens(request_id, past_length + query_length))
-
-
-class NoSectors:
-    """In the place of transformers' pool of sectors: kvmem's groups share their memory as they need it."""
-
-    def try_to_free_sectors(self) -> None:
-        """Nothing to do."""
+        return request_id, self.cache.missing_tokens(request_id, past_length + query_length)
 
 
 class PagedCache(PagedAttentionCache):  # type: ignore[misc]
@@ -95,7 +81,8 @@ class PagedCache(PagedAttentionCache):  # type: ignore[misc]
         self.cache_allocators = {
             kind: LayerKind(self, index, kind, size, window) for index, (kind, window) in enumerate(kinds.items())
         }
-        self.pool = NoSectors()
+        # Groups of layers share the memory as they need it, so there are no sectors to give back.
+        self.pool = SimpleNamespace(try_to_free_sectors=lambda: None)
         limit = allocator.core.stats().limit_bytes
         self.num_blocks = limit // (spec.bytes_per_token * size)
         self.max_tokens_read = max(limit // group.bytes_per_token for group in spec.groups)
@@ -119,12 +106,9 @@ class PagedCache(PagedAttentionCache):  # type: ignore[misc]
 
     def can_store_request_tokens(self, state: RequestState, request_len: int, dry_run: bool = False) -> bool:
         """Return True after making room for ``request_len`` more tokens; False, and nothing has changed, if there is
-        none. dry_run: only ask.
+        none. dry_run: only for graphs, of which there are none.
         """
-        fits = self._extend(state.request_id, self.missing_tokens(state.request_id, state.current_len() + request_len))
-        if dry_run and fits:
-            self._cut(state.request_id, state.current_len())
-        return fits
+        return self._extend(state.request_id, self.missing_tokens(state.request_id, state.current_len() + request_len))
 
     def _extend(self, request_id: str, count: int) -> bool:
         sequence = self._sequences.get(request_id)
@@ -140,23 +124,17 @@ class PagedCache(PagedAttentionCache):  # type: ignore[misc]
         self._sequences[request_id] = sequence
         return True
 
-    def _cut(self, request_id: str, num_tokens: int) -> None:
-        if num_tokens == 0:
-            self.free_blocks(request_id)
-        else:
-            self._sequences[request_id].truncate(num_tokens)
-
-    def count_storable_requests(self, list_blocks_needed: list[dict[str, Need]]) -> int:
+    def count_storable_requests(self, list_blocks_needed: list[dict[str, tuple[str, int]]]) -> int:
         """Return how many requests, in their order, could have the room that they need, all at a time."""
-        stored: list[tuple[str, int]] = []
-        for need in (next(iter(needs.values())) for needs in list_blocks_needed):
-            held = self._sequences[need.request_id].num_tokens if need.request_id in self._sequences else 0
-            if not self._extend(need.request_id, need.tokens):
+        taken: list[tuple[str, int]] = []
+        for request_id, count in (next(iter(needs.values())) for needs in list_blocks_needed):
+            if not self._extend(request_id, count):
                 break
-            stored.append((need.request_id, held))
-        for request_id, held in stored:
-            self._cut(request_id, held)
-        return len(stored)
+            taken.append((request_id, count))
+        for request_id, count in taken:
+            sequence = self._sequences[request_id]
+            sequence.truncate(sequence.num_tokens - count)
+        return len(taken)
 
     def compute_free_capacity(self, relative: bool = True) -> float:
         """Return the part of the memory (or the bytes) that requests do not hold; cached content counts as free."""
@@ -307,7 +285,7 @@ class Step:
         """
         batch, q = self._batches[group], query[0].transpose(0, 1)
         size = batch.block_size
-        k, v = (x[: len(x) // size * size].unflatten(0, (-1, size)) for x in memory)
+        k, v = (x[: len(x) // size * size].view(-1, size, *x.shape[1:]) for x in memory)
         key = (group, *q.shape[1:], *k.shape[2:], *v.shape[2:], *options.items())
         if key not in self._runs:
             self._runs[key] = cpu.plan(

@@ -123,7 +123,8 @@ class KVMemManager(ContinuousBatchingManager):  # type: ignore[misc]
 
     def close(self, hard_stop: bool) -> None:
         """Stop, restore the model's attention and free the memory."""
-        vars(self.model).pop(_KEPT, None)
+        if hasattr(self.model, _KEPT):
+            delattr(self.model, _KEPT)
         try:
             if self._generation_thread is not None:
                 self.stop(block=True, hard_stop=hard_stop)
@@ -199,12 +200,12 @@ def _described(model: PreTrainedModel, block_size: int) -> tuple[CacheSpec, dict
     if getattr(model, _KEPT, None) is not None:
         raise SpecError("model: keeps a manager already; model.destroy_cached_continuous_batching_manager() ends it")
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager", "paged|eager", "kvmem"):
-        raise SpecError(f"model: got attn_implementation={config._attn_implementation!r}; must be sdpa or eager")
     try:
         kinds = group_layers_by_attn_type(config)
     except ValueError as error:
         raise SpecError(f"model: {error}; continuous batching has full and sliding attention only") from error
+    if config._attn_implementation not in ("sdpa", "eager", "paged|eager", "kvmem"):
+        raise SpecError(f"model: got attn_implementation={config._attn_implementation!r}; must be sdpa or eager")
     spec = CacheSpec.from_config(as_stored(config), dtype=model.dtype, block_size=block_size)
     windows: dict[str, int | None] = {}
     for kind, layers in kinds.items():

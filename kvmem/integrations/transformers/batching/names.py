@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
 from kvmem.errors import SpecError
 
@@ -71,7 +72,7 @@ def differences() -> list[str]:
 
 def _differs(module: str, path: str, arguments: list[str]) -> list[str]:
     try:
-        found = importlib.import_module(module)
+        found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError):
