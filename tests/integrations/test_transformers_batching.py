@@ -115,7 +115,7 @@ def test_random_worlds(name: str, attention: Any, backend: str, rng: Random) -> 
         page_size=rng.choice([4, 7, 16]), max_batch_tokens=rng.choice([11, 24, 64]), allow_block_sharing=share,
         safety_margin=0.0, scheduler_type=rng.choice(["fifo", "prefill_first"]),
     )  # fmt: skip
-    where = {"backend": backend, "page_bytes": 4096, "memory": 4096 * 36, "debug": True}
+    where = {"backend": backend, "page_bytes": 4096, "memory": 4096 * 36, "interleave": "all", "debug": True}
     with continuous_batching(
         model, generation_config=GREEDY, config=config, attention=attention, **where, **options
     ) as manager:
@@ -272,7 +272,7 @@ def test_models() -> None:
 def test_requests(request_: dict[str, Any], message: str) -> None:
     """Each would end the session of all requests, since transformers sees it in the middle of a step."""
     model, expected = world("llama")
-    with continuous_batching(model, memory=4096 * 24, page_bytes=4096, generation_config=GREEDY) as manager:
+    with continuous_batching(model, memory=4096 * 24, page_bytes=4096, interleave="all", generation_config=GREEDY) as manager:
         with manager.pause():
             manager.add_request(PROMPTS[0], "here")
             with pytest.raises(SpecError, match=message):

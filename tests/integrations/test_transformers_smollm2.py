@@ -143,7 +143,7 @@ def test_continuous_batching(smollm2: tuple[PreTrainedModel, Any]) -> None:
 
     expected = tokens()
     assert len({tuple(t) for t in expected}) == len(prompts)
-    for attention, memory, share in (("transformers", "16MiB", True), ("kvmem", "2MiB", False)):
+    for attention, memory, share in (("transformers", "32MiB", True), ("kvmem", "8MiB", False)):
         config = ContinuousBatchingConfig(allow_block_sharing=share, safety_margin=0.0, **options)
         with continuous_batching(
             model, memory=memory, generation_config=greedy, config=config, attention=attention

@@ -232,10 +232,7 @@ class PagedCache(PagedAttentionCache):  # type: ignore[misc]
         """Write K and V of the new tokens, ``[1, heads, T, width]``, and return those of all tokens that they attend
         to, sequence after sequence. In place: return the new ones, and put the step into ``kwargs`` for ``attention``.
         """
-        if self._rows:
-            self._step, self._rows = Step(self.allocator, self._batch, self._rows, gather=not self.in_place), []
-        step = self._step
-        assert step is not None
+        step = self.begin_step() if self._rows or self._step is None else self._step
         group = self.allocator.spec.group_of(layer_idx, "k")
         memory = self._memory_of(layer_idx)
         states = [x.squeeze(0).transpose(0, 1) for x in (key_states, value_states)]
@@ -247,6 +244,11 @@ class PagedCache(PagedAttentionCache):  # type: ignore[misc]
             states = [tokens.index_select(0, slots) for tokens in memory]
         key, value = (x.transpose(0, 1).unsqueeze(0) for x in states)
         return key, value
+
+    def begin_step(self) -> Step:
+        """Return where the tokens of the requests that were noted lie."""
+        self._step, self._rows = Step(self.allocator, self._batch, self._rows, gather=not self.in_place), []
+        return self._step
 
     def _memory_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a layer, each ``[tokens, heads, width]``, mapped or not: addresses never change."""
