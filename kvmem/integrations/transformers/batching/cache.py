@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import RequestState
@@ -275,8 +276,8 @@ class Step:
         self.reads: list[torch.Tensor | None] = [None] * len(groups)
         if gather and any(past):
             for index, window in enumerate(self._windows):
-                seen = torch.tensor(past) if window is None else torch.tensor(past).clamp(max=window - 1)
-                self.reads[index] = _slots(self._batches[index], seen + torch.tensor(new))
+                seen = past if window is None else np.minimum(past, window - 1)
+                self.reads[index] = _slots(self._batches[index], np.add(seen, new))
         self._runs: dict[tuple[object, ...], Run] = {}
 
     def attend(
@@ -297,12 +298,15 @@ class Step:
         return self._runs[key](q, (k, v))[0].unsqueeze(0)
 
 
-def _slots(batch: GroupBatch, counts: torch.Tensor) -> torch.Tensor:
+def _slots(batch: GroupBatch, counts: np.ndarray[Any, Any]) -> torch.Tensor:
     """Return the slots of the last ``counts[i]`` tokens of each row, one row after the other, int64."""
-    size, ends = batch.block_size, counts.cumsum(0)
-    row = torch.repeat_interleave(counts)
-    token = torch.arange(len(row)) + (batch.seq_lens - ends)[row]
-    return batch.block_table[row, token // size].long() * size + token % size
+    size, begins, ends = batch.block_size, batch.kv_indptr_cpu.numpy(), batch.seq_lens_cpu.numpy()
+    blocks, within = np.diff(begins), np.arange(batch.block_size)
+    first = (np.arange(begins[-1]) - np.repeat(begins[:-1], blocks)) * size  # token of each block
+    token = first[:, None] + within
+    seen = (token >= np.repeat(ends - counts, blocks)[:, None]) & (token < np.repeat(ends, blocks)[:, None])
+    slots = batch.kv_indices_cpu.numpy().astype(np.int64)[:, None] * size + within
+    return torch.from_numpy(slots[seen])
 
 
 def attention(
