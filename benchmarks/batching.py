@@ -34,8 +34,9 @@ class BatchingRow:
     """``requests`` prompts in ``GROUPS`` groups that begin alike, ``new_tokens`` each, over ``num_blocks`` blocks.
 
     us: CPU time of a session, since other processes share the machine. managing_us: of a step, what is not the model:
-    scheduling, indices, tables, results. The ratios are over transformers' cache, by repetition. steps, computed_tokens: of a session; prefix hits lower the second, and
-    what was preempted and computed again raises it. same_tokens: as over transformers' cache, in every repetition.
+    scheduling, indices, tables, results. The ratios are over transformers' cache, by repetition. steps,
+    computed_tokens: of a session; prefix hits lower the second, and what was preempted and computed again raises it.
+    cache_bytes: allocated, or mapped at the end. same_tokens: as over transformers' cache, in every repetition.
     """
 
     model: str
@@ -50,6 +51,7 @@ class BatchingRow:
     managing_ratio: Ratio
     steps: int
     computed_tokens: int
+    cache_bytes: int
     same_tokens: bool
 
 
@@ -97,6 +99,13 @@ class _Session:
             return found
 
         return timed
+
+    @property
+    def cache_bytes(self) -> int:
+        cache = self.processor.cache
+        return int(
+            cache.cache_tensor.nbytes if hasattr(cache, "cache_tensor") else cache.allocator.stats().mapped_bytes
+        )
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> tuple[int, list[list[int]]]:
         """One session from an empty cache: nanoseconds of CPU time, and the tokens of each prompt."""
@@ -147,7 +156,8 @@ def batching(
             BatchingRow(
                 language_model.name, name, sharing, num_blocks, requests, lengths[2],
                 Spread.of_ns(ns[name]), Ratio.of(ns[name], ns[STOCK]), Spread.of_ns(managing[name]),
-                Ratio.of(managing[name], managing[STOCK]), session.steps, session.computed, same[name],
+                Ratio.of(managing[name], managing[STOCK]), session.steps, session.computed, session.cache_bytes,
+                same[name],
             )
             for name, session in sessions.items()
         ]  # fmt: skip
@@ -159,12 +169,14 @@ def batching_tables(rows: Sequence[Row]) -> Iterator[Table]:
         "new tokens each, CPU time of {us[count]} sessions in turn; attention of the first two is gather and SDPA, so "
         "that they differ in management only"
     )
-    spec = """cache={cache}; prefixes shared={sharing:yes}; blocks={num_blocks}; same tokens={same_tokens:yes};
-    steps={steps}; tokens computed={computed_tokens:,};
+    spec = """blocks of={cache}; prefixes shared={sharing:yes}; blocks={num_blocks}; same tokens={same_tokens:yes};
+    steps={steps}; tokens computed={computed_tokens:,}; cache={cache_bytes:bytes};
+    tokens a CPU second={speed:.1f};
     CPU time over transformers' (p10 to p90)={ratio[median]:.2f} ({ratio[p10]:.2f} to {ratio[p90]:.2f});
     CPU us a step not in the model={managing_us[median]:,.0f};
     over transformers'={managing_ratio[median]:.2f} ({managing_ratio[p10]:.2f} to {managing_ratio[p90]:.2f})"""
-    yield Table.of(cell(title, rows[0]), spec, rows)
+    shown = [{**row, "speed": row["requests"] * row["new_tokens"] * 1e6 / row["us"]["median"]} for row in rows]
+    yield Table.of(cell(title, rows[0]), spec, shown)
 
 
 @click.command()

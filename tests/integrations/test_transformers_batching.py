@@ -247,6 +247,12 @@ def test_models() -> None:
     model = make_llama(layers=1)
     with continuous_batching(model, memory="1MiB"), pytest.raises(SpecError, match="keeps a manager"):
         continuous_batching(model, memory="1MiB").__enter__()
+    model.set_attn_implementation("kvmem")
+    with pytest.raises(SpecError, match="must be sdpa or eager"):
+        continuous_batching(model, memory="1MiB").__enter__()
+    with continuous_batching(model, memory="1MiB", attention="kvmem"):
+        pass
+    assert model.config._attn_implementation == "kvmem"
     with pytest.raises(SpecError, match="must be a model"):
         continuous_batching("llama", memory="1MiB").__enter__()  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="one CPU"):
@@ -261,7 +267,8 @@ def test_models() -> None:
     [
         ({"input_ids": []}, "one or more"),
         ({"input_ids": [1.5]}, "one or more"),
-        ({"input_ids": [[1]]}, "one or more"),
+        ({"input_ids": [[1, 2], [3]]}, "one or more"),
+        ({"input_ids": [3], "max_new_tokens": 0}, "max_new_tokens"),
         ({"input_ids": [VOCABULARY]}, "ids 0 to"),
         ({"input_ids": [-1]}, "ids 0 to"),
         ({"input_ids": [3] * 200}, "room for"),
@@ -272,7 +279,9 @@ def test_models() -> None:
 def test_requests(request_: dict[str, Any], message: str) -> None:
     """Each would end the session of all requests, since transformers sees it in the middle of a step."""
     model, expected = world("llama")
-    with continuous_batching(model, memory=4096 * 24, page_bytes=4096, interleave="all", generation_config=GREEDY) as manager:
+    with continuous_batching(
+        model, memory=4096 * 24, page_bytes=4096, interleave="all", generation_config=GREEDY
+    ) as manager:
         with manager.pause():
             manager.add_request(PROMPTS[0], "here")
             with pytest.raises(SpecError, match=message):

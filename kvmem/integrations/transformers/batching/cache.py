@@ -92,7 +92,7 @@ class PagedCache(PagedAttentionCache):  # type: ignore[misc]
         self.read_cache_limit = max(windows) if len(windows) == len(kinds) else None
         self._sequences: dict[str, Sequence] = {}
         self._batch = allocator.make_batch(
-            max_sequences=max_requests, max_new_tokens=max_batch_tokens, max_tokens=allocator.max_tokens
+            max_sequences=max_requests, max_new_tokens=max_batch_tokens, max_tokens=most_tokens
         )
         self._rows: list[tuple[int, int, int]] = []  # of the next step: handle, past tokens, new tokens
         self._step: Step | None = None

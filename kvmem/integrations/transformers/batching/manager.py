@@ -72,6 +72,8 @@ class KVMemManager(ContinuousBatchingManager):  # type: ignore[misc]
             background_thread_status=self.background_thread_status, model_device=self.model.device,
             model_dtype=self.model.dtype, scheduler=scheduler, distributed_helper=self.distributed_helper,
         )  # fmt: skip
+        if self._processor.model_runner.pad_inputs:
+            raise SpecError("model: its config has a compile_config; kvmem's memory is not compiled into a graph")
 
     def start(self) -> None:
         """Start the session, if none runs: ``generate_batch`` starts one that does."""
@@ -98,7 +100,10 @@ class KVMemManager(ContinuousBatchingManager):  # type: ignore[misc]
         """
         if max_new_tokens is None:
             max_new_tokens = self.generation_config.max_new_tokens
-        ids = np.asarray(input_ids)
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError:  # lists of several lengths
+            ids = np.empty(0)
         vocabulary = self.model.get_input_embeddings().num_embeddings
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise SpecError(f"input_ids: got {brief([input_ids])}; must be one or more token ids")
@@ -106,6 +111,7 @@ class KVMemManager(ContinuousBatchingManager):  # type: ignore[misc]
             raise SpecError(f"input_ids: got {ids.min()} to {ids.max()}; the model has ids 0 to {vocabulary - 1}")
         if max_new_tokens is None:
             raise SpecError("max_new_tokens: missing; give it, or set it in the generation config")
+        check_size("max_new_tokens", max_new_tokens)
         most = self.cache.most_tokens
         if ids.size + max_new_tokens > most:
             raise SpecError(
@@ -144,14 +150,16 @@ def open_manager(
     config = ContinuousBatchingConfig(page_size=BLOCK_TOKENS) if config is None else config
     _check_config(config)
     spec, kinds = _described(model, config.page_size)
-    in_place = attends == "kvmem"
+    in_place, outside = attends == "kvmem", model.config._attn_implementation
+    if outside not in ("sdpa", "eager", "paged|eager", *["kvmem"] * in_place):
+        raise SpecError(f"model: got attn_implementation={outside!r}; must be sdpa or eager")
     AttentionInterface.register(IN_PLACE, attention)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 17
     max_tokens = longest if max_tokens is None else check_size("max_tokens", max_tokens)
     generation_config = model.generation_config if generation_config is None else generation_config
-    manager = KVMemManager(model, generation_config, config, in_place)
     allocator = None
     try:
+        manager = KVMemManager(model, generation_config, config, in_place)
         resolved = manager.continuous_batching_config
         batch_tokens = resolved.max_batch_tokens or BATCH_TOKENS
         requests = min(resolved.max_requests_per_batch, batch_tokens)
@@ -167,7 +175,7 @@ def open_manager(
         )  # fmt: skip
         manager.use(cache)
     except BaseException:
-        model.set_attn_implementation(manager._outside)
+        model.set_attn_implementation(outside)
         if allocator is not None:
             allocator.close()
         raise
@@ -207,8 +215,6 @@ def _described(model: PreTrainedModel, block_size: int) -> tuple[CacheSpec, dict
         kinds = group_layers_by_attn_type(config)
     except ValueError as error:
         raise SpecError(f"model: {error}; continuous batching has full and sliding attention only") from error
-    if config._attn_implementation not in ("sdpa", "eager", "paged|eager", "kvmem"):
-        raise SpecError(f"model: got attn_implementation={config._attn_implementation!r}; must be sdpa or eager")
     spec = CacheSpec.from_config(as_stored(config), dtype=model.dtype, block_size=block_size)
     windows: dict[str, int | None] = {}
     for kind, layers in kinds.items():
