@@ -119,10 +119,9 @@ def test_random_worlds(name: str, attention: Any, backend: str, rng: Random) -> 
     with continuous_batching(
         model, generation_config=GREEDY, config=config, attention=attention, **where, **options
     ) as manager:
-        watch = Watch(manager)
+        Watch(manager)
         assert tokens_of(session(manager, PROMPTS)) == expected, (config, options)
         assert_empty(manager)
-        assert watch.preempted > 0 or name == "gemma3", config  # windows need little memory
         assert share or manager.cache.allocator.stats().hit_tokens == 0
     assert model.config._attn_implementation == "sdpa"
 
