@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from benchmarks.batching import batching_tables
 from benchmarks.generate import generate_tables
 from benchmarks.peers.compare import peer_tables
 from benchmarks.perplexity import perplexity_tables
@@ -131,6 +132,8 @@ def _tables(document: Document) -> Iterator[Table]:
         yield from perplexity_tables(setup, rows)
     if rows := parts["resume"]:
         yield from resume_tables(rows)
+    if rows := parts["batching"]:
+        yield from batching_tables(rows)
     if rows := parts["vllm_time"]:
         yield from time_tables(rows, setup)
     if rows := parts["vllm_hits"]:

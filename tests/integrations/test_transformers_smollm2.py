@@ -15,14 +15,16 @@ pytest.importorskip("gguf", reason="transformers reads the weights of llm-smollm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
 
 from kvmem.bench.language_models import load_language_model
-from kvmem.integrations.transformers import KVMemCache
+from kvmem.integrations.transformers import KVMemCache, continuous_batching
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
@@ -150,3 +152,34 @@ def test_benchmarks_and_the_engine_read_the_same_model(smollm2: tuple[PreTrained
     ]
     assert chats[0] == chats[1]
     assert ours.tokenizer.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_continuous_batching(smollm2: tuple[PreTrainedModel, Any]) -> None:
+    """``generate_batch`` over kvmem's memory, by SDPA with shared prefixes and by kvmem's kernel in a pool that is too
+    small for all requests, generates what it does over transformers' own cache.
+    """
+    model, tokenizer = smollm2
+    prompts = [
+        tokenizer(text)["input_ids"] for text in (*PROMPTS, PROMPTS[2] + " was never late", PROMPTS[2] + " lost")
+    ]
+    options = {"page_size": 4, "max_batch_tokens": 24}
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
+
+    def tokens() -> list[list[int]]:
+        found = model.generate_batch(
+            prompts, generation_config=greedy,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, **options),
+        )  # fmt: skip
+        return [output.generated_tokens for output in found.values()]
+
+    expected = tokens()
+    assert len({tuple(t) for t in expected}) == len(prompts)
+    for attention, memory, share in (("transformers", "32MiB", True), ("kvmem", "8MiB", False)):
+        config = ContinuousBatchingConfig(allow_block_sharing=share, safety_margin=0.0, **options)
+        with continuous_batching(
+            model, memory=memory, generation_config=greedy, config=config, attention=attention
+        ) as manager:
+            assert tokens() == expected
+            stats = manager.cache.allocator.stats()
+            assert (stats.hit_tokens > 0) == share
+            assert (stats.num_sequences, manager.cache.allocator.check()) == (0, [])

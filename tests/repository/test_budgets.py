@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
+BATCHING = "kvmem/integrations/transformers/batching"
 ENGINES = ["distributed", "transport", "integrations/vllm", "integrations/sglang"]
 NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near", *ENGINES]  # of kvmem and of its tests, counted apart
 PARTS = [
@@ -25,8 +26,8 @@ PARTS = [
     (
         "kvmem without the next parts",
         ["kvmem"],
-        [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch"],
-        12_800,
+        [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch", BATCHING],
+        12_350,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 1_670),
@@ -37,6 +38,7 @@ PARTS = [
     ("kvmem/near", ["kvmem/near"], [], 1_500),
     ("kvmem/distributed", ["kvmem/distributed"], [], 335),
     ("kvmem/transport", ["kvmem/transport"], [], 955),
+    (BATCHING, [BATCHING], [], 755),
     ("kvmem/integrations/vllm", ["kvmem/integrations/vllm"], [], 2_610),
     ("kvmem/integrations/sglang", ["kvmem/integrations/sglang"], [], 925),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_180),
