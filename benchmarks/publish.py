@@ -15,11 +15,14 @@ from typing import Any
 
 import click
 
+from benchmarks.batching import batching_tables
 from benchmarks.generate import generate_tables
 from benchmarks.peers.compare import peer_tables
 from benchmarks.perplexity import perplexity_tables
 from benchmarks.resume import resume_tables
+from benchmarks.serve import serve_tables
 from benchmarks.step import step_tables
+from benchmarks.vllm_scheduler import hit_tables, time_tables
 from kvmem.arguments import format_bytes
 from kvmem.bench.__main__ import main
 from kvmem.bench.cli import PATH
@@ -33,7 +36,8 @@ BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 _HOW = "`python -m kvmem.bench gpu --out FOLDER` measures it"
 _META = 'Replays have the metadata of a simulated device (`device="meta"`): driver calls are counted, not timed.'
 #: Commands of developers, which older documents name as parts of ``kvmem.bench``.
-_OURS = {name: name for name in ("step", "peers", "generate", "perplexity", "memory", "resume")} | {
+_OWN = ("step", "peers", "generate", "perplexity", "memory", "resume", "vllm_scheduler", "serve")
+_OURS = {name: name for name in _OWN} | {
     "mapping": "memory",
     "rectangle": "memory",
 }
@@ -128,6 +132,14 @@ def _tables(document: Document) -> Iterator[Table]:
         yield from perplexity_tables(setup, rows)
     if rows := parts["resume"]:
         yield from resume_tables(rows)
+    if rows := parts["batching"]:
+        yield from batching_tables(rows)
+    if rows := parts["vllm_time"]:
+        yield from time_tables(rows, setup)
+    if rows := parts["vllm_hits"]:
+        yield from hit_tables(rows, setup)
+    if rows := parts["serve"]:
+        yield from serve_tables(setup, rows)
 
 
 def _gpu_page(reports: Sequence[Row]) -> Iterator[str]:

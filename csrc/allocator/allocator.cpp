@@ -64,7 +64,7 @@ Allocator::Allocator(const Geometry& geometry, std::shared_ptr<PagePool> pool, b
       admission_(groups_, matcher_, sequences_, index_, *table_, records_, growth_, contents_),
       pins_(groups_, matcher_, index_, *table_),
       follower_(groups_, *pool_, sequences_, index_, *table_, *this),
-      table_diff_(groups_, sequences_, index_, planner_, *table_, paged && prefix_.on),
+      table_diff_(groups_, sequences_, index_, planner_, *table_, paged && prefix_.on && !prefix_.append_only),
       filler_(groups_, *pool_, sequences_, *table_, *this),
       events_(groups_, index_, index_.events(), *table_),
       tiers_(groups_, matcher_, sequences_, index_, *table_, contents_),
@@ -72,8 +72,9 @@ Allocator::Allocator(const Geometry& geometry, std::shared_ptr<PagePool> pool, b
 
 std::unique_ptr<PageTable> Allocator::make_table(bool paged, i64 limit_pages) {
   const PoolLock lock = pool_->lock();
-  std::unique_ptr<PageTable> table = paged ? make_paged_table(groups_.geometry(), *pool_, sequences_, index_)
-                                           : make_virtual_table(groups_.geometry(), *pool_, sequences_, index_);
+  std::unique_ptr<PageTable> table =
+      paged ? make_paged_table(groups_.geometry(), *pool_, sequences_, index_, prefix_.append_only)
+            : make_virtual_table(groups_.geometry(), *pool_, sequences_, index_);
   table->limit_pages = limit_pages;
   table->piece_pages = pages_at_once();
   return table;
@@ -277,6 +278,9 @@ void Allocator::free(const i32* handles, i64 n) {
     planner_.find_each_once(handles, n, &plan_);
     Transaction tx(*pool_, *this);
     for (i64 index : plan_.indices) records_.close(index, tx);
+    for (i64 index : plan_.indices) {
+      if (prefix_.append_only) contents_.hand_over(index, tx);
+    }
     tx.commit();
     for (i64 index : plan_.indices) contents_.end(index);
   });

@@ -60,6 +60,24 @@ void SequenceContents::end(i64 index) {
   c = Content();
 }
 
+void SequenceContents::hand_over(i64 index, Transaction& tx) {
+  const Content& c = contents_[index];
+  chain_.clear();
+  for (i32 node = c.leaf; node != c.root; node = index_.parent(node)) {
+    if (index_.users(node) > 1 && table_.is_unread(node)) chain_.push_back(node);
+  }
+  for (i64 other = 0; !chain_.empty() && other < sequences_.capacity(); ++other) {
+    if (!sequences_.live(other) || contents_[other].root != c.root) continue;
+    published_.clear();
+    i32 node = contents_[other].leaf;
+    for (i32 unread : chain_) {  // the last one first
+      while (node != c.root && index_.ordinal(node) > index_.ordinal(unread)) node = index_.parent(node);
+      if (node == unread) published_.push_back({other, index_.ordinal(node), node});
+    }
+    table_.publish(published_, tx);
+  }
+}
+
 // ---- forking -----------------------------------------------------------------------------------
 
 // The parent's state includes its reserved tokens, which the child does not have.

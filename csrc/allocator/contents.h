@@ -97,6 +97,11 @@ class SequenceContents {
     if (groups_.has_state() && index_.used(node)) table_.allow_eviction(node);
   }
 
+  // The sequence has lost its blocks, in this transaction: of what only it offered, others that computed the same
+  // tokens at the same time offer their own blocks from now on (append-only tables). Cost: linear in the chain; where
+  // there is such a block, in the chains of all sequences.
+  void hand_over(i64 index, Transaction& tx);
+
   // --- forking: `child` gets what `parent` has committed. Called in this order: before the transaction, twice in it
   // (the second time with an open child), and after it. `reserved`: the parent has tokens that are not committed ---
   void prepare_fork(i64 parent, bool reserved);

@@ -17,6 +17,7 @@ namespace kvmem {
 struct PrefixOptions {
   bool on = true;              // share equal prefixes
   bool partial = true;         // copy the equal part of a block that is only partly equal
+  bool append_only = false;    // a table entry never becomes another block
   std::string policy = "lru";  // the eviction policy
   int hash_bits = 64;          // fewer make hashes collide, for tests
   i64 event_capacity = 0;      // events that can wait to be drained; 0: no events are made

@@ -197,6 +197,12 @@ void Allocator::check_cut(i64 handle, i64 index, i64 tokens) const {
                     " tokens" + why);
   };
   if (tokens < 0 || tokens > have) refuse("; it has " + std::to_string(have));
+  const i64 block = matcher_.block_tokens(), end = round_up(tokens, block);
+  if (prefix_.append_only && end != tokens && end <= sequences_.committed(index, groups_.token_group())) {
+    refuse(", within a block of " + std::to_string(block) +
+           " committed ones, which would have to be copied to another; " + "with append_only=True cut at " +
+           std::to_string(end - block) + " or at " + std::to_string(end));
+  }
   for (i64 g = 0; g < groups_.count(); ++g) {
     const i64 window = groups_[g].window_tokens, first = sequences_.front(index, g);
     if (first == 0 || tokens - window + 1 >= first) continue;

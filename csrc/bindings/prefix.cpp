@@ -89,8 +89,8 @@ const char* const kEnds[] = {"complete",      "shorter than a block", "other sal
 
 void bind_prefix_options(nb::module_& m) {
   nb::class_<PrefixOptions>(m, "PrefixOptions")
-      .def("__init__", &construct<PrefixOptions, bool, bool, std::string, int, i64, i64>, nb::kw_only(), "on"_a,
-           "partial"_a, "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0, "move_capacity"_a = 0);
+      .def("__init__", &construct<PrefixOptions, bool, bool, bool, std::string, int, i64, i64>, nb::kw_only(), "on"_a,
+           "partial"_a, "append_only"_a, "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0, "move_capacity"_a = 0);
 }
 
 void bind_token_blocks(nb::module_& m) {

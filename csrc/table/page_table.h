@@ -107,6 +107,9 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   virtual void publish(const std::vector<Published>& blocks, Transaction& tx) = 0;
   // The inverse for the sequence's last published block, which the sequence is about to overwrite.
   virtual void unpublish(i64 index, i32 node, Transaction& tx) = 0;
+  // Whether no table names the node's block in some full-attention group, although the node is cached: a user of it may
+  // have a block of its own with the same tokens, which publish() puts in that place (append-only tables).
+  virtual bool is_unread(i32) const { return false; }
   // Evicts a node; its memory is parked then. REQUIRES: it has no user, and no cached node continues it.
   virtual void evict(i32 node, Transaction& tx) = 0;
   // Evicts the window group's part of a node. REQUIRES: nothing needs the part.
@@ -273,7 +276,7 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                               PrefixIndex& index);
 std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
-                                            PrefixIndex& index);
+                                            PrefixIndex& index, bool append_only);
 
 // Nothing could find the continuations of a node without it. A node of which windows have no copy may have
 // continuations with copies, so it is visited too, and it stays among its siblings until the transaction ends.

@@ -61,6 +61,11 @@ class Allocator(PrefetchCalls, ContentCalls, MemoryCalls):
         Uses the token ids that ``sequence(tokens)`` and ``commit(tokens)`` are given.
     partial_reuse: if a cached block is equal only in part, copy the equal part. Without effect if a group of the spec
         has another ``block_order`` than ``"tokens"``: matches end at block edges then.
+    append_only: no entry of a block table ever becomes another block, for engines that append to tables of their own
+        and never read an entry again; a window still drops entries (0). Paged: tokens that were cached already while a
+        sequence computed them stay in its own blocks, which others find once no sequence reads the first ones;
+        ``compact()`` moves nothing. A row of the virtual backend never changes anyhow. On both, matches end at a block
+        (``partial_reuse`` is off), and ``truncate()`` into a committed block is refused.
     policy: which cached blocks are evicted first: ``docs/eviction.md``.
     cached_rows: rows that keep the tokens of sequences that have ended (virtual); they cost addresses, not memory.
         Default: three times ``max_sequences``, at least 16, fewer if there are not enough addresses; the same without

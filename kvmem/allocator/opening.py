@@ -61,6 +61,7 @@ class OpenedCore:
         zero: Literal["never", "fresh", "always"] = "fresh",
         prefix_cache: bool = True,
         partial_reuse: bool = True,
+        append_only: bool = False,
         policy: str = "density",
         cached_rows: int | None = None,
         events: int = 0,
@@ -71,22 +72,23 @@ class OpenedCore:
         debug: bool | None = None,
         driver: _core.Driver | None = None,
     ) -> None:
-        self._check_names(spec, backend, zero, policy)
+        self._check_names(spec, backend, zero, policy, append_only)
         self._check_sizes(max_sequences, max_tokens, record_ops, debug)
         self._shares_pool, choose = pool is not None, partial(self._choose_page, interleave)
         self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops, choose)
         self._settle(interleave, tail_guard_tokens, map_ahead_tokens)
-        limit = self._limit_bytes(memory)
-        self._lay_out(cached_rows, limit)
+        self._lay_out(cached_rows, limit := self._limit_bytes(memory))
         partial_reuse = check_bool("partial_reuse", partial_reuse) and not self._whole_blocks
-        self._open(zero, limit, _prefix_options(prefix_cache, partial_reuse, policy, events, self._moves(tiers)))
+        self._open(zero, limit, _prefix((prefix_cache, partial_reuse, append_only), policy, events, self._moves(tiers)))
         self._pending: dict[int, Any] = {}  # by handle: sequences that wait for a load
         self._tiering = None if tiers is None else open_tiers(self.core, spec, self._layouts, self.device.type, tiers)
         self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
         if self._tiering is not None and self._events is not None:
             self._tiering.events = TierEvents(spec, self._events.digest)
 
-    def _check_names(self, spec: CacheSpec, backend: Literal["virtual", "paged"], zero: str, policy: str) -> None:
+    def _check_names(
+        self, spec: CacheSpec, backend: Literal["virtual", "paged"], zero: str, policy: str, append_only: bool
+    ) -> None:
         if not isinstance(spec, CacheSpec):
             raise SpecError(f"spec: got {type(spec).__name__}; must be a CacheSpec, see CacheSpec.from_config()")
         for group in spec.groups:
@@ -94,6 +96,7 @@ class OpenedCore:
         check_choice("backend", backend, tuple(BACKENDS))
         check_choice("zero", zero, ("never", "fresh", "always"))
         check_choice("policy", policy, tuple(_core.eviction_policy_names()))
+        self.append_only = check_bool("append_only", append_only)
         self.spec, self.backend = spec, backend
         #: Whether some group's blocks are copied, and match prefixes, as a whole.
         self._whole_blocks = any(group.block_order != "tokens" for group in spec.groups)
@@ -195,12 +198,12 @@ class OpenedCore:
         return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})
 
 
-def _prefix_options(
-    prefix_cache: bool, partial_reuse: bool, policy: str, events: int, moves: int
-) -> _core.PrefixOptions:
+def _prefix(reuse: tuple[bool, bool, bool], policy: str, events: int, moves: int) -> _core.PrefixOptions:
+    prefix_cache, partial_reuse, append_only = reuse
     return _core.PrefixOptions(
         on=check_bool("prefix_cache", prefix_cache),
-        partial=partial_reuse,
+        partial=partial_reuse and not append_only,
+        append_only=append_only,
         policy=policy,
         hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer bits in tests of hash collisions
         event_capacity=check_size("events", events, 0, INT32_MAX),

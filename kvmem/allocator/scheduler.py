@@ -57,6 +57,8 @@ class SchedulerCache:
     A worker that keeps block tables of its own needs only the ``TableChanges`` that these calls return: applied in
     order, in every group (``changes.group(g)``), they make its tables equal to ``block_ids``, up to the length of each
     request. Calls on a request's ``sequence()`` or on the allocator return no changes: call ``tables()`` after them.
+    Engines whose workers only append to their tables need an allocator with ``append_only=True``: then the changes of a
+    request are new entries, and 0 for those that a window drops.
     ``StaleHandle`` for a request that is not here. Not thread-safe; the allocator below it is.
     """
 
@@ -158,8 +160,9 @@ class SchedulerCache:
         """Commit the request's next tokens: their KV is computed, and whole blocks of them can be found from now on.
 
         Return the table entries that changed, mostly none. If an equal block was cached already, the request now reads
-        that block, and its own becomes free (paged); entries of blocks that are out of window become 0. Apply the
-        changes to copies of the tables before the next step. ``SpecError`` for more tokens than there is room for.
+        that block, and its own becomes free (paged, unless ``append_only``); entries of blocks that are out of window
+        become 0. Apply the changes to copies of the tables before the next step. ``SpecError`` for more tokens than
+        there is room for.
 
         tokens: the ids. count: how many tokens, if their ids are unknown; then neither these nor later ones of this
         request can be found.

@@ -15,13 +15,16 @@ pytest.importorskip("gguf", reason="transformers reads the weights of llm-smollm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
 
-from kvmem.integrations.transformers import KVMemCache
+from kvmem.bench.language_models import load_language_model
+from kvmem.integrations.transformers import KVMemCache, continuous_batching
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
@@ -119,3 +122,64 @@ def test_assisted_decoding(smollm2: tuple[PreTrainedModel, Any], backend: str) -
     # Prompt lookup drafts from the text itself, so that some drafts are accepted.
     repeated = ["one two three four five. one two three four five. one two three"]
     compare(smollm2, "lookup", backend, repeated, 10, prompt_lookup_num_tokens=4)
+
+
+def test_benchmarks_and_the_engine_read_the_same_model(smollm2: tuple[PreTrainedModel, Any]) -> None:
+    """They read the file themselves, in one pass: weights, tokens and chats are those of transformers' own loader."""
+    model, tokenizer = smollm2
+    ours = load_language_model("smollm2")
+    weights, expected = ours.model.state_dict(), model.state_dict()
+    assert set(weights) == set(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
+    fields = [
+        "rms_norm_eps",
+        "rope_parameters",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+    ]
+    assert all(getattr(ours.model.config, name) == getattr(model.config, name) for name in fields)
+    texts = [
+        (Path(__file__).parents[2] / "README.md").read_text(),
+        "It's 12345  o'clock\n\tin Zürich 日本 🙂 <|im_end|> x",
+    ]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert ours.tokenizer(text)["input_ids"] == ids and ours.tokenizer.decode(ids) == tokenizer.decode(ids)
+    chat = [{"role": "user", "content": "Hi"}]
+    chats = [
+        one.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for one in (ours.tokenizer, tokenizer)
+    ]
+    assert chats[0] == chats[1]
+    assert ours.tokenizer.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_continuous_batching(smollm2: tuple[PreTrainedModel, Any]) -> None:
+    """``generate_batch`` over kvmem's memory, by SDPA with shared prefixes and by kvmem's kernel in a pool that is too
+    small for all requests, generates what it does over transformers' own cache.
+    """
+    model, tokenizer = smollm2
+    prompts = [
+        tokenizer(text)["input_ids"] for text in (*PROMPTS, PROMPTS[2] + " was never late", PROMPTS[2] + " lost")
+    ]
+    options = {"page_size": 4, "max_batch_tokens": 24}
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
+
+    def tokens() -> list[list[int]]:
+        found = model.generate_batch(
+            prompts, generation_config=greedy,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, **options),
+        )  # fmt: skip
+        return [output.generated_tokens for output in found.values()]
+
+    expected = tokens()
+    assert len({tuple(t) for t in expected}) == len(prompts)
+    for attention, memory, share in (("transformers", "32MiB", True), ("kvmem", "8MiB", False)):
+        config = ContinuousBatchingConfig(allow_block_sharing=share, safety_margin=0.0, **options)
+        with continuous_batching(
+            model, memory=memory, generation_config=greedy, config=config, attention=attention
+        ) as manager:
+            assert tokens() == expected
+            stats = manager.cache.allocator.stats()
+            assert (stats.hit_tokens > 0) == share
+            assert (stats.num_sequences, manager.cache.allocator.check()) == (0, [])

@@ -22,7 +22,7 @@ NAMES = [
 # Parameters without annotations: name, "=" where there is a default, and "*" before what is keyword-only.
 SIGNATURES = {
     "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
-    "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, tiers=, pool=, "
+    "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, append_only=, policy=, cached_rows=, events=, event_key=, tiers=, pool=, "
     "record_ops=, debug=, driver=",
     "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=, label=, load=",
     "Allocator.prefetch": "self, tokens, stream=, *, to=, salt=, extra_key=, adapter=",

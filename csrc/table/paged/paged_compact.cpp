@@ -176,6 +176,7 @@ class Plan {
 
 i64 PagedTable::compact(i64 pages, Transaction& tx) {
   i64 emptied = 0;
+  if (append_only_) return 0;  // a moved block is another table entry
   for (i64 g = 0; g < groups_ && emptied < pages; ++g) {
     Plan plan(blocks_, g, page_bytes());
     emptied += plan.run(pages - emptied);

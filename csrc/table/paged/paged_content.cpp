@@ -69,6 +69,14 @@ void PagedTable::publish(const std::vector<Published>& blocks, Transaction& tx) 
   }
 }
 
+bool PagedTable::is_unread(i32 node) const {
+  for (i64 g = 0; append_only_ && g < groups_; ++g) {
+    const i32 block = has_state(g) || blocks_[g].window >= 0 ? 0 : blocks_.block_of(node, g);
+    if (block != 0 && blocks_[g].info[block].refs == 0) return true;
+  }
+  return false;
+}
+
 // The last group first: full attention mostly leads, and the other backend reports its loss last, too.
 void PagedTable::evict(i32 node, Transaction& tx) {
   demote(node, -1, tx);
@@ -129,9 +137,15 @@ void PagedTable::publish_part(const Published& p, i64 g, i64 part, i64 ordinal, 
     --*expected;
     blocks_.attach(g, p.node, own, part, false);
     tx.note({OpKind::hold, number, p.node, g, own, part});
+    return;
+  }
+  const bool unread = blocks_[g].info[cached].refs == 0;
+  if (append_only_ && (!unread || blocks_[g].info[own].node != kNoNode)) return;
+  *expected = 0;
+  blocks_.set_fence(g, tx.fence());
+  if (append_only_) {
+    tx.push({OpKind::shift, number, p.node, g, own, cached});
   } else {
-    *expected = 0;
-    blocks_.set_fence(g, tx.fence());
     set_entry(p.index, g, ordinal, cached, tx);
   }
 }

@@ -214,8 +214,8 @@ i64 PagedTable::offset_bytes(i64 index, i64 group, i64 a, i64 token) const {
 }
 
 std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
-                                            PrefixIndex& index) {
-  return std::make_unique<PagedTable>(geometry, pool, sequences, index);
+                                            PrefixIndex& index, bool append_only) {
+  return std::make_unique<PagedTable>(geometry, pool, sequences, index, append_only);
 }
 
 }  // namespace kvmem

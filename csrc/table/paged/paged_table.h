@@ -30,8 +30,9 @@ struct BlockMove {
 
 class PagedTable final : public PageTable {
  public:
-  PagedTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
-      : PageTable(geometry, pool, sequences, index), blocks_(*this, marks_) {}
+  // `append_only`: an entry that a sequence has is never replaced by another block.
+  PagedTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index, bool append_only)
+      : PageTable(geometry, pool, sequences, index), append_only_(append_only), blocks_(*this, marks_) {}
 
   // ---- growth ----
   i64 find_room(i64 index, i64 group) override {
@@ -67,8 +68,10 @@ class PagedTable final : public PageTable {
   // windows need their parts (PrefixIndex::need()).
   void adopt(i64 index, const std::vector<i32>& chain, const SharedPrefix& found, Transaction& tx) override;
   bool has(i32 node, i64 group) const override { return blocks_.block_of(node, group) != 0; }
-  // A block that is cached already replaces the sequence's own, so that its content is in memory once.
+  // A block that is cached already replaces the sequence's own, so that its content is in memory once. Append-only: the
+  // sequence keeps its own, which takes the place of a cached one that no sequence reads.
   void publish(const std::vector<Published>& blocks, Transaction& tx) override;
+  bool is_unread(i32 node) const override;
   void unpublish(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
   void evict(i32 node, Transaction& tx) override;
   void evict_window(i32 node, i32 window, Transaction& tx) override;
@@ -191,6 +194,7 @@ class PagedTable final : public PageTable {
   i64 cached_bytes_on(const Blocks& b, const SlotClass& c, i64 slot) const;
 
   static constexpr i64 kNoLimit = std::numeric_limits<i64>::max();
+  const bool append_only_;
   PagedBlocks blocks_;
   std::vector<i32> on_page_;  // the result of find_content_on()
 };

@@ -17,7 +17,7 @@ from kvmem.integrations.dense_batch import DenseBatch
 from kvmem.integrations.transformers.layer import KVMemLayer
 from kvmem.spec import CacheSpec
 
-__all__ = ["CROSS", "SELF", "has_cross_attention", "make_layers", "open_rows", "read_prompt"]
+__all__ = ["CROSS", "SELF", "as_stored", "has_cross_attention", "make_layers", "open_rows", "read_prompt"]
 
 # The components that attention passes to update() as keys and values: K and V, or under MLA the latent and rotated key.
 SELF = (("k", "v"), ("ckv", "kpe"))
@@ -57,7 +57,7 @@ def open_rows(
         config, dtype = source.config, dtype or source.dtype
         if options.get("pool") is None:  # else the pool's device
             device = device or source.device
-    spec = CacheSpec.from_config(_as_stored(config), dtype=dtype, assume=assume)
+    spec = CacheSpec.from_config(as_stored(config), dtype=dtype, assume=assume)
     # Twice the rows, because beams are forked before those that they replace are freed.
     alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
     rows = DenseBatch(alloc, max_batch)
@@ -77,7 +77,7 @@ def _placeholders(config: PreTrainedConfig) -> dict[str, int]:
     return {name: value for name, value in found if isinstance(value, int)}
 
 
-def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]:
+def as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]:
     """Return the config, changed for models whose cache in transformers has another shape than the config says."""
     if getattr(config, "model_type", None) == "falcon" and config.new_decoder_architecture:
         # K and V are broadcast to all query heads before they are cached.

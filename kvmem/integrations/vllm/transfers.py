@@ -1,0 +1,326 @@
+"""The connector's half beside a worker: blocks between vLLM's KV cache and kvmem's tiers.
+
+Two rules keep wrong bytes out. Threads touch staging memory only: what they have read and verified is copied to the KV
+cache by the worker itself, so a tier that answers late writes nowhere. And a load that fails in part fails from there
+on, is reported once, and nothing of that step is saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+from typing import Final
+
+import torch
+
+from kvmem.arguments import format_bytes
+from kvmem.errors import KVMemError, SpecError
+from kvmem.integrations.vllm.background import Background
+from kvmem.integrations.vllm.blocks import Block, Group, Load, Name, Report, Step, storage_of, tier_key
+from kvmem.integrations.vllm.memory import LazyMemory
+from kvmem.tiers.base import Result, Status, Tier
+from kvmem.tiers.fault_log import FaultLog
+from kvmem.tiers.host import HostTier
+
+__all__ = ["Transfers"]
+
+_PART_BYTES: Final = 16 << 20  # of a load: what one task reads
+_IDLE_SECONDS: Final = 0.005  # that a step without work waits, so that the engine leaves the cores to what it waits for
+
+
+class _Part:
+    """Some blocks of a load, under way from a deadline on."""
+
+    def __init__(self, blocks: list[Block], staging: list[torch.Tensor], until: float) -> None:
+        self.blocks, self.staging, self.until = blocks, staging, until
+        self.future: Future[list[Result]]
+
+
+class _Loading:
+    """A load: what has not begun, what is under way, and which blocks are not in the KV cache yet."""
+
+    def __init__(self, load: Load) -> None:
+        self.request_id, self.waiting = load.request_id, deque(load.blocks)
+        self.missing = dict.fromkeys(load.blocks)
+        self.parts: list[_Part] = []
+
+
+class Transfers:
+    """Called by one thread, the worker's.
+
+    fingerprint: the rank's. tiers: the fastest first; a block is read from the first that has it, and written to all.
+    staging: bytes of memory on the way to and from tiers at most; a save that finds none is left out. deadline_seconds:
+    the longest that a tier may take for a part of a load. memory: what is under the KV cache, if it is kvmem's.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        fingerprint: bytes,
+        tiers: Sequence[Tier],
+        *,
+        staging_bytes: int = 256 << 20,
+        deadline_seconds: float = 10.0,
+        memory: LazyMemory | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._groups, self._fingerprint, self._tiers = tuple(groups), fingerprint, tuple(tiers)
+        self._most, self._deadline, self._memory, self._clock = staging_bytes, deadline_seconds, memory, clock
+        self._host = next((tier for tier in tiers if isinstance(tier, HostTier)), None)
+        self._held: dict[bytes, Name] = {}  # what host memory has, by key
+        self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
+        self._layers: dict[str, torch.Tensor] = {}  # uint8 [blocks, page_bytes] of each layer
+        self._loaders = Background(2, "kvmem-load")
+        self._savers = Background(1, "kvmem-save")  # apart, because nobody waits for it
+        self._loads: list[_Loading] = []
+        self._now: list[_Loading] = []  # loads that this step waits for
+        self._saves: list[tuple[Block, torch.Tensor]] = []
+        self._copied: set[str] = set()  # layers of this step that are in the staging memory of its saves
+        self._saving: list[tuple[list[Name], int, Future[tuple[list[Name], list[Name]]]]] = []
+        self._staged = 0
+        self._report, self._failed_blocks, self._done = Report(), set[int](), set[str]()
+        self._log = FaultLog("kvmem's connector")
+
+    def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int) -> None:
+        """Learn where the KV cache is. ``SpecError`` if it is not laid out as its config says."""
+        storage = storage_of(kv_caches)
+        for group in self._groups:
+            for layer, place in group.layers.items():
+                if (
+                    layer not in kv_caches
+                    or kv_caches[layer].storage_offset() * kv_caches[layer].element_size() != place.offset
+                ):
+                    raise SpecError(f"kvmem's connector: layer {layer} does not lie where vLLM's config has it")
+                last = place.offset + (num_blocks - 1) * place.stride + place.page_bytes
+                if last > storage.numel():
+                    raise SpecError(f"kvmem's connector: layer {layer} ends at {last} of {storage.numel()} bytes")
+                shape, strides = (num_blocks, place.page_bytes), (place.stride, 1)
+                self._layers[layer] = storage.as_strided(shape, strides, place.offset)
+        if self._memory is not None:
+            self._memory.place((place for g in self._groups for place in g.layers.values()), num_blocks)
+
+    # --- a step ---
+
+    def begin(self, step: Step, *, in_step: bool) -> None:
+        """Start what a step asks for. in_step: its loads are for this step, and ``wait_for_layer`` waits for them."""
+        if self._memory is not None:
+            self._memory.release_blocks(step.released)
+        started = [_Loading(load) for load in step.loads]
+        self._loads += started
+        self._now = started if in_step else []
+        self._advance()
+
+    def wait_for_layer(self, layer: str) -> None:
+        """Return when this step's loads are in the KV cache, or have failed.
+
+        A tier answers for whole blocks, so the first layer waits for all of them.
+        """
+        while any(loading in self._loads for loading in self._now):
+            self._wait(self._now, 0.05)
+            self._advance()
+        self._now = []
+
+    def save_layer(self, layer: str, step: Step) -> None:
+        """Copy a layer of the blocks that this step saves, after its attention wrote them."""
+        if layer in self._group_of and layer not in self._copied:
+            if not self._copied:
+                self._saves = self._staging_of(step.saves)
+            self._copied.add(layer)
+            g = self._group_of[layer]
+            pages = list(self._groups[g].layers)
+            at = sum(self._groups[g].layers[other].page_bytes for other in pages[: pages.index(layer)])
+            for block, staging in self._saves:
+                if block.name[0] == g:
+                    page = self._layers[layer][block.block_id]
+                    staging[at : at + page.numel()].copy_(page)
+
+    def end(self, step: Step, idle: bool) -> None:
+        """Finish a step: what it saves is copied, and goes on to the tiers in the background.
+
+        idle: it computed nothing; then this waits a moment for loads.
+        """
+        self.wait_for_layer("")
+        if step.saves:
+            for layer in self._group_of:
+                self.save_layer(layer, step)
+        saves, self._saves, self._copied = self._saves, [], set()
+        if saves and self._failed_blocks:  # something may have been computed from what was not loaded
+            self._drop(saves)
+        elif saves:
+            self._start_saving([(block.name, staging) for block, staging in saves])
+        if idle and self._loads:
+            self._wait(self._loads, _IDLE_SECONDS)
+        elif idle and step.waits:
+            time.sleep(_IDLE_SECONDS / 5)
+        self._advance()
+
+    def _staging_of(self, blocks: Iterable[Block]) -> list[tuple[Block, torch.Tensor]]:
+        found = []
+        for block in blocks:
+            size = self._groups[block.name[0]].payload_bytes
+            if self._staged + size > self._most:
+                self._report.dropped.add(block.name)
+                self._log.warn("staging", f"blocks are not saved: tiers are behind by {format_bytes(self._staged)}")
+                continue
+            self._staged += size
+            found.append((block, torch.empty(size, dtype=torch.uint8)))
+        return found
+
+    def _start_saving(self, saves: list[tuple[Name, torch.Tensor]]) -> None:
+        future = self._savers.submit(partial(self._put, saves))
+        self._saving.append(([name for name, _ in saves], sum(staging.numel() for _, staging in saves), future))
+
+    def _drop(self, saves: Sequence[tuple[Block, torch.Tensor]]) -> None:
+        self._staged -= sum(staging.numel() for _, staging in saves)
+        self._report.dropped.update(block.name for block, _ in saves)
+
+    # --- what has ended ---
+
+    def take_finished(self) -> set[str]:
+        """Return the requests whose loads have ended, well or not, since the last call."""
+        done, self._done = self._done, set()
+        return done
+
+    @property
+    def failed_requests(self) -> set[str]:
+        """Requests whose loads failed since the last report."""
+        return self._report.requests
+
+    def take_failed_blocks(self) -> set[int]:
+        """Return the blocks that were to be loaded and were not, once."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_report(self) -> Report:
+        """Return what the scheduler's half has to learn, once."""
+        for names, size, future in [one for one in self._saving if one[2].done()]:
+            self._saving.remove((names, size, future))
+            self._staged -= size
+            saved, held = future.result()  # it catches what tiers raise
+            self._report.saved.update(saved)
+            self._report.held.update(held)
+            self._report.dropped.update(set(names) - set(saved))
+        for key in self._host.take_evicted() if self._host else ():
+            if key in self._held:
+                self._report.gone.add(self._held.pop(key))
+        report, self._report = self._report, Report()
+        return report
+
+    def _advance(self) -> None:
+        """Start and end parts of loads."""
+        for loading in list(self._loads):
+            for part in [p for p in loading.parts if p.future.done() or self._clock() >= p.until]:
+                loading.parts.remove(part)
+                self._staged -= sum(staging.numel() for staging in part.staging)
+                if not self._take_in(loading, part):
+                    self._fail(loading)
+                    break
+            while loading.waiting and (not loading.parts or self._staged + _PART_BYTES <= self._most):
+                loading.parts.append(self._begin_part(loading))
+            if not loading.parts:
+                self._loads.remove(loading)
+                if loading not in self._now:  # vLLM waits for the others by itself
+                    self._done.add(loading.request_id)
+
+    def _begin_part(self, loading: _Loading) -> _Part:
+        blocks: list[Block] = []
+        size = 0
+        while loading.waiting and (not blocks or size < _PART_BYTES):
+            blocks.append(loading.waiting.popleft())
+            size += self._groups[blocks[-1].name[0]].payload_bytes
+        staging = [torch.empty(self._groups[b.name[0]].payload_bytes, dtype=torch.uint8) for b in blocks]
+        self._staged += sum(one.numel() for one in staging)
+        part = _Part(blocks, staging, self._clock() + self._deadline)
+        part.future = self._loaders.submit(partial(self._get, [b.name for b in blocks], staging))
+        return part
+
+    def _take_in(self, loading: _Loading, part: _Part) -> bool:
+        """Copy what a part has read to the KV cache. False if some of it was not read."""
+        if not part.future.done():
+            part.future.cancel()
+            results = [Result(Status.FAILED, 0, f"no answer within {self._deadline:g} s")] * len(part.blocks)
+        else:
+            results = part.future.result()  # it catches what tiers raise
+        found: list[tuple[Name, torch.Tensor]] = []
+        for block, staging, result in zip(part.blocks, part.staging, results, strict=True):
+            if not result.ok:
+                self._report.failed.add(block.name)
+                self._log.warn("load", f"a block was not loaded, and is computed: {result.reason}")
+                continue
+            at = 0
+            for layer, place in self._groups[block.name[0]].layers.items():
+                self._layers[layer][block.block_id].copy_(staging[at : at + place.page_bytes])
+                at += place.page_bytes
+            del loading.missing[block]
+            if self._host is not None and tier_key(self._fingerprint, block.name) not in self._held:
+                found.append((block.name, staging))  # from a lower tier: host memory takes it too
+        if found and self._staged + sum(staging.numel() for _, staging in found) <= self._most:
+            self._staged += sum(staging.numel() for _, staging in found)
+            self._start_saving(found)
+        return all(result.ok for result in results)
+
+    def _fail(self, loading: _Loading) -> None:
+        """Give a load up: blocks behind a gap are of no use."""
+        for part in loading.parts:
+            part.future.cancel()
+            self._staged -= sum(staging.numel() for staging in part.staging)
+        loading.parts, loading.waiting = [], deque()
+        self._failed_blocks.update(block.block_id for block in loading.missing)
+        self._report.requests.add(loading.request_id)
+
+    def _wait(self, loads: Iterable[_Loading], seconds: float) -> None:
+        wait([part.future for loading in loads for part in loading.parts], seconds, FIRST_COMPLETED)
+
+    # --- in the background ---
+
+    def _get(self, names: Sequence[Name], staging: Sequence[torch.Tensor]) -> list[Result]:
+        keys = [tier_key(self._fingerprint, name) for name in names]
+        views = [one.numpy().data for one in staging]
+        results = [Result(Status.MISS, 0, "no tier has it")] * len(keys)
+        for tier in self._tiers:
+            left = [i for i, result in enumerate(results) if not result.ok]
+            if not left:
+                break
+            try:
+                found = tier.get([keys[i] for i in left], [views[i] for i in left])
+                if len(found) != len(left):
+                    raise ValueError(f"{len(found)} answers for {len(left)} keys")
+            except Exception as error:  # noqa: BLE001  whatever a tier raises, the blocks are computed
+                found = [Result(Status.FAILED, 0, f"{type(error).__name__}: {error}")] * len(left)
+            for i, result in zip(left, found, strict=True):
+                whole = not result.ok or result.num_bytes == len(views[i])
+                if result.status is not Status.MISS or not results[i].reason:
+                    reason = f"the payload has {result.num_bytes} of {len(views[i])} bytes"
+                    results[i] = result if whole else Result(Status.CORRUPT, 0, reason)
+        return results
+
+    def _put(self, saves: Sequence[tuple[Name, torch.Tensor]]) -> tuple[list[Name], list[Name]]:
+        """Return the names that some tier has now, and those that host memory has."""
+        keys = [tier_key(self._fingerprint, name) for name, _ in saves]
+        views = [staging.numpy().data for _, staging in saves]
+        if self._host is not None:
+            self._held.update((key, name) for key, (name, _) in zip(keys, saves, strict=True))
+        saved: set[int] = set()
+        for tier in self._tiers:
+            try:
+                # Another process may have put them.
+                have = 0 if tier is self._host else max(0, min(len(keys), tier.contains(keys)))
+                results = tier.put(keys[have:], views[have:])
+                saved |= {*range(have), *(have + i for i, result in enumerate(results) if result.ok)}
+            except Exception as error:  # noqa: BLE001  whatever a tier raises, the blocks are not saved
+                self._log.warn("save", f"{tier.name}: {type(error).__name__}: {error}")
+        held = [i for i, key in enumerate(keys) if self._host is not None and self._host.contains([key])]
+        return [saves[i][0] for i in sorted(saved)], [saves[i][0] for i in held]
+
+    def close(self) -> None:
+        """Finish what is under way, as long as the deadline allows, and close the tiers."""
+        for background in (self._loaders, self._savers):
+            background.close(self._deadline)
+        for tier in self._tiers:
+            try:
+                tier.close()
+            except KVMemError as error:
+                self._log.warn("close", str(error))
