@@ -71,7 +71,7 @@ FULLER_FOLDERS = {
     "csrc/allocator": 16,
     "csrc/bindings": 16,
     "kvmem/bench": 21,
-    "kvmem/kernels": 16,
+    "kvmem/kernels": 18,
     "kvmem/layouts": 18,
     "tests/bench": 16,
     "tests/index": 16,
