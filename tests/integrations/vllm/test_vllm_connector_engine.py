@@ -110,7 +110,8 @@ def test_loads_within_a_step_and_memory_that_returns(engines: Engines) -> None:
     for state in (before, between, after):  # no request is running
         assert state["kvmem"] <= BLOCK_KIB
     print(f"KiB resident: kvmem {before, between, after}, stock {engines.stock_kib}")
-    assert after["resident"] < engines.stock_kib[1] - 900_000
+    # vLLM's own KV cache is resident whole. What host memory holds, and what the two processes differ in else, is less.
+    assert after["resident"] < engines.stock_kib[1] - 3 / 4 * (1 << 20)
 
 
 @pytest.mark.parametrize("scheduler", ["vLLM's", "kvmem's"])
