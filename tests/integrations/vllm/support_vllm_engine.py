@@ -45,7 +45,9 @@ def run_engine(
 ) -> dict[str, Any]:
     """Run an engine to its end in a child process, which is ended after ``seconds``, and return what it printed."""
     root = CHILD.parents[3]
-    path = os.pathsep.join([str(root), str(CHILD.parent), str(root / "tests" / "tiers"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(root), str(CHILD.parent), str(root / "tests" / "tiers"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     child = subprocess.Popen(
         [sys.executable, str(child_file), json.dumps(asked)], cwd=root,
         env=os.environ | _ENVIRONMENT | environment | {"PYTHONPATH": path},
