@@ -37,7 +37,12 @@ PARTS = [
     ("kvmem/near", ["kvmem/near"], [], 1_500),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_120),
     ("benchmarks", ["benchmarks"], [], 3_320),
-    ("tests without the next parts", ["tests"], [*(f"tests/{part}" for part in NEXT), "tests/integrations/vllm"], 39_230),
+    (
+        "tests without the next parts",
+        ["tests"],
+        [*(f"tests/{part}" for part in NEXT), "tests/integrations/vllm"],
+        39_230,
+    ),
     ("tests/integrations/vllm", ["tests/integrations/vllm"], [], 2_400),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/selectors", ["tests/selectors"], [], 765),
