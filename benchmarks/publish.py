@@ -19,6 +19,7 @@ from benchmarks.generate import generate_tables
 from benchmarks.peers.compare import peer_tables
 from benchmarks.perplexity import perplexity_tables
 from benchmarks.resume import resume_tables
+from benchmarks.serve import serve_tables
 from benchmarks.step import step_tables
 from benchmarks.vllm_scheduler import hit_tables, time_tables
 from kvmem.arguments import format_bytes
@@ -34,7 +35,8 @@ BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 _HOW = "`python -m kvmem.bench gpu --out FOLDER` measures it"
 _META = 'Replays have the metadata of a simulated device (`device="meta"`): driver calls are counted, not timed.'
 #: Commands of developers, which older documents name as parts of ``kvmem.bench``.
-_OURS = {name: name for name in ("step", "peers", "generate", "perplexity", "memory", "resume", "vllm_scheduler")} | {
+_OWN = ("step", "peers", "generate", "perplexity", "memory", "resume", "vllm_scheduler", "serve")
+_OURS = {name: name for name in _OWN} | {
     "mapping": "memory",
     "rectangle": "memory",
 }
@@ -133,6 +135,8 @@ def _tables(document: Document) -> Iterator[Table]:
         yield from time_tables(rows, setup)
     if rows := parts["vllm_hits"]:
         yield from hit_tables(rows, setup)
+    if rows := parts["serve"]:
+        yield from serve_tables(setup, rows)
 
 
 def _gpu_page(reports: Sequence[Row]) -> Iterator[str]:

@@ -34,11 +34,23 @@ struct GroupGeometry {
   std::vector<i64> token_bytes;
   std::vector<i64> row_slots;    // virtual backend: slots of one row, for each arena
   std::vector<i64> arena_slots;  // slots of the whole arena, for each arena
-  i64 shared_tokens = 0;         // tokens of a sharing unit, which is whole blocks (shared_unit()); 0: one block
+  // The tokens of a block do not lie one after the other (head-major, or packed by a kernel): part of a block is copied
+  // as the whole block. Such a group has no guard, and nothing matches inside its blocks.
+  bool whole_blocks = false;
+  i64 shared_tokens = 0;  // tokens of a sharing unit, which is whole blocks (shared_unit()); 0: one block
 };
 
 // Returns the granularity in tokens at which the group shares content and at which its window releases blocks.
 inline i64 unit_tokens(const GroupGeometry& group) { return std::max(group.shared_tokens, group.block_tokens); }
+
+// Of the first `tokens` tokens of the group: how many lie in front of all bytes that later tokens may write, and how
+// many are moved with them. Both are `tokens` where tokens lie one after the other.
+inline i64 settled_tokens(const GroupGeometry& group, i64 tokens) {
+  return group.whole_blocks ? tokens / group.block_tokens * group.block_tokens : tokens;
+}
+inline i64 moved_tokens(const GroupGeometry& group, i64 tokens) {
+  return group.whole_blocks ? (tokens + group.block_tokens - 1) / group.block_tokens * group.block_tokens : tokens;
+}
 
 // Returns the first token that the group's window still needs once `committed` tokens are valid. The next token, at
 // position p = committed, attends to p - window + 1 .. p. The result is rounded down to a whole unit, after

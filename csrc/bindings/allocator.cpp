@@ -84,9 +84,9 @@ void bind_geometry(nb::module_& m) {
   nb::enum_<Zero>(m, "Zero").value("never", Zero::never).value("fresh", Zero::fresh).value("always", Zero::always);
   using Sizes = std::vector<i64>;
   nb::class_<GroupGeometry>(m, "GroupGeometry")
-      .def("__init__", &construct<GroupGeometry, Growth, i64, i64, i64, i64, i64, Sizes, Sizes, Sizes>, nb::kw_only(),
-           "growth"_a, "block_tokens"_a, "window_tokens"_a, "max_tokens"_a, "row_tokens"_a, "max_blocks"_a,
-           "token_bytes"_a, "row_slots"_a, "arena_slots"_a)
+      .def("__init__", &construct<GroupGeometry, Growth, i64, i64, i64, i64, i64, Sizes, Sizes, Sizes, bool>,
+           nb::kw_only(), "growth"_a, "block_tokens"_a, "window_tokens"_a, "max_tokens"_a, "row_tokens"_a,
+           "max_blocks"_a, "token_bytes"_a, "row_slots"_a, "arena_slots"_a, "whole_blocks"_a = false)
       .def_ro("row_tokens", &GroupGeometry::row_tokens)
       .def_ro("max_blocks", &GroupGeometry::max_blocks)
       .def_ro("arena_slots", &GroupGeometry::arena_slots);

@@ -79,6 +79,13 @@ class TableContext {
     return g;
   }
   i64 token_bytes(i64 g, i64 a) const { return geometry_.groups[g].token_bytes[a - first_[g]]; }
+  // settled_tokens() and moved_tokens() as bytes of an arena.
+  i64 settled_bytes(i64 g, i64 a, i64 tokens) const {
+    return settled_tokens(geometry_.groups[g], tokens) * token_bytes(g, a);
+  }
+  i64 moved_bytes(i64 g, i64 a, i64 tokens) const {
+    return moved_tokens(geometry_.groups[g], tokens) * token_bytes(g, a);
+  }
   i64 arena_slots(i64 a) const {
     const i64 g = group_of(a);
     return geometry_.groups[g].arena_slots[a - first_[g]];

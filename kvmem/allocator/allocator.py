@@ -59,7 +59,8 @@ class Allocator(PrefetchCalls, ContentCalls, MemoryCalls):
         each time a sequence gets it, so that no sequence reads another's data; ``"never"``.
     prefix_cache: share the memory of equal prefixes, and keep it cached after a sequence ends, until memory is needed.
         Uses the token ids that ``sequence(tokens)`` and ``commit(tokens)`` are given.
-    partial_reuse: if a cached block is equal only in part, copy the equal part.
+    partial_reuse: if a cached block is equal only in part, copy the equal part. Without effect if a group of the spec
+        has another ``block_order`` than ``"tokens"``: matches end at block edges then.
     append_only: no entry of a block table ever becomes another block, for engines that append to tables of their own
         and never read an entry again; a window still drops entries (0). Paged: tokens that were cached already while a
         sequence computed them stay in its own blocks, which others find once no sequence reads the first ones;

@@ -74,11 +74,11 @@ class OpenedCore:
     ) -> None:
         self._check_names(spec, backend, zero, policy, append_only)
         self._check_sizes(max_sequences, max_tokens, record_ops, debug)
-        self._shares_pool = pool is not None
-        choose = partial(self._choose_page, interleave)
+        self._shares_pool, choose = pool is not None, partial(self._choose_page, interleave)
         self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops, choose)
         self._settle(interleave, tail_guard_tokens, map_ahead_tokens)
         self._lay_out(cached_rows, limit := self._limit_bytes(memory))
+        partial_reuse = check_bool("partial_reuse", partial_reuse) and not self._whole_blocks
         self._open(zero, limit, _prefix((prefix_cache, partial_reuse, append_only), policy, events, self._moves(tiers)))
         self._pending: dict[int, Any] = {}  # by handle: sequences that wait for a load
         self._tiering = None if tiers is None else open_tiers(self.core, spec, self._layouts, self.device.type, tiers)
@@ -98,6 +98,8 @@ class OpenedCore:
         check_choice("policy", policy, tuple(_core.eviction_policy_names()))
         self.append_only = check_bool("append_only", append_only)
         self.spec, self.backend = spec, backend
+        #: Whether some group's blocks are copied, and match prefixes, as a whole.
+        self._whole_blocks = any(group.block_order != "tokens" for group in spec.groups)
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
 
     def _check_sizes(self, max_sequences: int, max_tokens: int, record_ops: bool, debug: bool | None) -> None:
@@ -119,9 +121,13 @@ class OpenedCore:
         home = self.pool.device
         self.device, info = home.torch_device, home.info
         self.interleave = resolve_interleave("all" if interleave is None else interleave, self.spec.num_layers)
-        self.tail_guard_tokens = check_size(
-            "tail_guard_tokens", default(guard, info.default_guard_tokens), 0, INT32_MAX
-        )
+        usual = 0 if self._whole_blocks else info.default_guard_tokens
+        self.tail_guard_tokens = check_size("tail_guard_tokens", default(guard, usual), 0, INT32_MAX)
+        if self._whole_blocks and self.tail_guard_tokens:
+            raise SpecError(
+                f"tail_guard_tokens: got {guard}; a guard is zeroed token by token, and blocks of this spec are moved "
+                'as a whole (block_order): use 0, with zero="always" for kernels that load the rest of a block'
+            )
         self.map_ahead_tokens = check_size("map_ahead_tokens", default(ahead, info.default_ahead_tokens), 0, INT32_MAX)
 
     def _limit_bytes(self, memory: int | float | str | None) -> int:
@@ -196,7 +202,7 @@ def _prefix(reuse: tuple[bool, bool, bool], policy: str, events: int, moves: int
     prefix_cache, partial_reuse, append_only = reuse
     return _core.PrefixOptions(
         on=check_bool("prefix_cache", prefix_cache),
-        partial=check_bool("partial_reuse", partial_reuse) and not append_only,
+        partial=partial_reuse and not append_only,
         append_only=append_only,
         policy=policy,
         hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer bits in tests of hash collisions

@@ -25,6 +25,7 @@ class TensorCalls(BatchCalls):
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a layer for kernels, each ``[num_blocks, block_size, heads, width]``, with equal strides.
+        Where heads come first in memory (``Group.block_order``) they are transposed views of ``kv_by_head``.
 
         Valid while the allocator is open; the address never changes. The tensors end at the last mapped block, so ask
         again after growth. Index them by a batch's block table, because blocks that no sequence holds may be unmapped:
@@ -33,15 +34,56 @@ class TensorCalls(BatchCalls):
         They are ``CacheTensor``: indexing by blocks, views and kernels work; an operation that would read, copy or
         write the whole tensor raises ``SpecError``. ``as_subclass(torch.Tensor)`` removes these checks.
         """
-        k, v = self.tensor(layer, "k"), self.tensor(layer, "v")
+        return self._as_long(self.tensor(layer, "k"), self.tensor(layer, "v"))
+
+    def tensor(self, layer: int, component: str) -> torch.Tensor:
+        """Return one component of a layer, ``[num_blocks, block_size, heads, width]``; as ``kv``. ``SpecError`` for
+        packed blocks, of which only ``by_head`` can be shown.
+        """
+        if packing := self.spec.groups[self.spec.group_of(layer, component)].packing:
+            raise SpecError(
+                f"component {component!r} of layer {layer} is packed as {packing!r}: its blocks are opaque, so there "
+                "are no tokens to show, read or write one by one; use kv_by_head() with the kernel that packs them"
+            )
+        return CacheTensor.over(self._blocks(layer, component), owner=id(self.core))
+
+    def kv_by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of a layer for head-major kernels, each ``[num_blocks, heads, block_size, width]`` with the
+        last two dimensions dense; as ``kv``. Of packed blocks only the bytes of a whole block, or of a head of one,
+        mean something. ``SpecError`` unless the spec's ``block_order`` is ``"heads"`` or ``"joined"``.
+        """
+        return self._as_long(self.by_head(layer, "k"), self.by_head(layer, "v"))
+
+    def by_head(self, layer: int, component: str) -> torch.Tensor:
+        """Return one component of a layer, ``[num_blocks, heads, block_size, width]``; as ``kv_by_head``."""
+        group = self.spec.groups[self.spec.group_of(layer, component)]
+        if group.block_order == "tokens":
+            raise SpecError(
+                f'group {group.name!r}: block_order: got "tokens", where the heads of a token lie side by side; make '
+                'the allocator of spec.with_blocks("heads"), or use kv()'
+            )
+        return CacheTensor.over(self._blocks(layer, component).transpose(1, 2), owner=id(self.core))
+
+    def joined(self, layer: int, component: str = "k") -> torch.Tensor:
+        """Return all components of a layer in one tensor, ``[num_blocks, heads, components * block_size, width]``: of
+        each head ``block_size`` rows of K, then those of V; as ``kv_by_head``. component: any of the group.
+        ``SpecError`` unless ``block_order`` is ``"joined"``.
+        """
+        group = self.spec.groups[self.spec.group_of(layer, component)]
+        if group.block_order != "joined":
+            raise SpecError(f'group {group.name!r}: block_order: got {group.block_order!r}; one tensor needs "joined"')
+        first = plain(self.by_head(layer, group.components[0].name))
+        shape = (*first.shape[:2], len(group.components) * group.block_size, first.shape[3])
+        return CacheTensor.over(first.as_strided(shape, first.stride()), owner=id(self.core))
+
+    def _as_long(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = min(len(plain(k)), len(plain(v)))
         if len(plain(k)) != len(plain(v)):  # interleave="none": one range has lost parked pages
             owner = id(self.core)
             return CacheTensor.over(plain(k)[:blocks], owner=owner), CacheTensor.over(plain(v)[:blocks], owner=owner)
         return k, v
 
-    def tensor(self, layer: int, component: str) -> torch.Tensor:
-        """Return one component of a layer, ``[num_blocks, block_size, heads, width]``; as ``kv``."""
+    def _blocks(self, layer: int, component: str) -> torch.Tensor:
         index = self.spec.group_of(layer, component)
         layout, group = self._layouts[index], self.spec.groups[index]
         where = layout.slice(layer, component)
@@ -49,8 +91,7 @@ class TensorCalls(BatchCalls):
         mapped = self.core.mapped_extent_bytes(index, where.arena)
         # The last block may be mapped in part, and the last page may reach past the last block.
         blocks = min(self._geometry[index].max_blocks, -(-mapped // (token_bytes * group.block_size)))
-        view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
-        return CacheTensor.over(view, owner=id(self.core))
+        return block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
         """Return all rows of a component, ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``.
@@ -63,6 +104,8 @@ class TensorCalls(BatchCalls):
         geometry, layout = self._geometry[index], self._layouts[index]
         if not geometry.row_tokens:
             raise SpecError('the paged backend has no rows; use kv(), or backend="virtual"')
+        if self.spec.groups[index].block_order != "tokens":
+            raise SpecError("in head-major blocks the tokens of a row do not lie side by side; use kv_by_head()")
         where = layout.slice(layer, component)
         arena, num_rows = self._arena(index, where.arena), self._num_rows
         view = row_view(arena, where, layout.token_bytes[where.arena], geometry.row_tokens, num_rows)
@@ -75,13 +118,14 @@ class TensorCalls(BatchCalls):
 
         Virtual: a view, which shows later writes. Valid while the sequence holds these tokens: once it is freed or cut,
         the memory may belong to another sequence or be unmapped. With ``debug``, such a use raises ``StaleHandle``.
-        Paged: a gathered copy, always valid; a write to it does not reach the cache (``UserWarning``). So write with
-        ``kernels.write.write_kv`` or ``kernels.blocks.scatter``, which do the same on both backends.
+        Paged, and head-major: a gathered copy, always valid; a write to it does not reach the cache (``UserWarning``).
+        So write with ``kernels.write.write_kv`` or ``kernels.blocks.scatter``, which do the same on both backends.
+        ``SpecError`` for packed blocks.
         """
         handle = handle_of("sequence", sequence, self.core)
         index = self.spec.group_of(layer, component)
         first, end = self.core.first_token(handle, index), self.core.tokens(handle, index)
-        if self._geometry[index].row_tokens:
+        if self._geometry[index].row_tokens and self.spec.groups[index].block_order == "tokens":
             return self._tokens_in_place(handle, index, layer, component, first, end)
         batch = self.batch([handle])
         size = self.spec.groups[index].block_size

@@ -77,6 +77,7 @@ class VirtualBackend:
             token_bytes=layout.token_bytes,
             row_slots=row_slots,
             arena_slots=arena_slots,
+            whole_blocks=group.block_order != "tokens",
         )
 
 
@@ -109,6 +110,7 @@ class PagedBackend:
             token_bytes=layout.token_bytes,
             row_slots=[0] * len(layout.token_bytes),
             arena_slots=arena_slots,
+            whole_blocks=group.block_order != "tokens",
         )
 
 

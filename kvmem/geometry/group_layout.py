@@ -9,10 +9,16 @@ and within a layer its components (K, then V)::
 
 With all layers in one run, a 2 MiB page holds 16 tokens of an 8B model instead of 1,024 tokens of one layer's K: that
 is how a stock driver gets fine granularity (vAttention's tensor slicing). With ``"none"`` each component of each layer
-has an arena of its own, and lies there as densely as in a contiguous tensor::
+has an arena of its own (joined components one together), and lies there as densely as in a contiguous tensor::
 
     arena 0:  | layer 0, K: token 0, token 1, token 2 ...
     arena 1:  | layer 0, V: token 0, token 1, token 2 ...
+
+That is the order ``"tokens"`` of ``Group.block_order``. In the others, a component has the same bytes of a block, in
+other places: it begins ``block_size * offset_bytes`` behind the block's start, and heads come before tokens there::
+
+    "heads":   [layer 0, K: head 0: token 0, 1 ... | head 1: token 0, 1 ...][layer 0, V: ...][layer 1, K: ...]
+    "joined":  [layer 0: head 0: K of token 0, 1 ..., V of token 0, 1 ... | head 1: ...][layer 1: ...]
 
 A component that layers share is there once: at the start of arena 0's tokens, or in an arena of its own. K and V of a
 layer have equal shape and strides, and the last dimension is dense, which is all that paged kernels ask for.
@@ -20,7 +26,7 @@ layer have equal shape and strides, and the last dimension is dense, which is al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
@@ -40,13 +46,21 @@ ALIGN_BYTES = 16
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one component of one layer lies: ``offset_bytes`` into each token of arena ``arena`` of its group."""
+    """Where one component of one layer lies in arena ``arena`` of its group: ``offset_bytes`` into each token; where
+    heads come first, ``offset_bytes`` into each block, with ``head_bytes`` from one head to the next.
+    """
 
     arena: int
     offset_bytes: int
     heads: int
     width: int
     dtype: torch.dtype
+    head_bytes: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one head of one token."""
+        return self.width * self.dtype.itemsize
 
 
 class GroupLayout:
@@ -68,17 +82,27 @@ class GroupLayout:
             self.token_bytes.append(offset)
 
     def _padded(self, component: Component, layer: int) -> int:
-        row = self.group.row_bytes(component.name, layer)
-        return -(-row // ALIGN_BYTES) * ALIGN_BYTES
+        return _aligned(self.group.row_bytes(component.name, layer))
 
     def _slice(self, component: Component, layer: int, arena: int, offset: int) -> Slice:
         widths = self.group.widths(component.name, layer)
         heads = self.group.heads(component.name, layer)
         if component.planes:  # planes are read by their own kernels, as bytes
             return Slice(arena, offset, 1, self.group.row_bytes(component.name, layer), torch.uint8)
+        if self.group.block_order != "tokens":
+            return self._by_head(component, Slice(arena, offset, heads, widths[0], component.dtype))
         if len(set(widths)) > 1:  # heads of unequal width have no rectangular shape: one flat row
             return Slice(arena, offset, 1, sum(widths) * (heads // len(widths)), component.dtype)
         return Slice(arena, offset, heads, widths[0], component.dtype)
+
+    def _by_head(self, component: Component, where: Slice) -> Slice:
+        size, members = self.group.block_size, self.group.components
+        part = size * where.row_bytes
+        if self.group.block_order == "heads":
+            return replace(where, offset_bytes=size * where.offset_bytes, head_bytes=part)
+        before = members.index(component)  # of as many bytes each, so that the first one is where the layer begins
+        first = where.offset_bytes - before * _aligned(where.heads * where.row_bytes)
+        return replace(where, offset_bytes=size * first + before * part, head_bytes=len(members) * part)
 
     def slice(self, layer: int, component: str) -> Slice:
         """Where ``component`` of ``layer`` lies; ``SpecError`` if the group has no such thing."""
@@ -96,6 +120,10 @@ class GroupLayout:
         return sum(self.token_bytes)
 
 
+def _aligned(bytes: int) -> int:
+    return -(-bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
 #: A component, and the layers that one copy of it is for: one layer, or all of the group.
 _Part = tuple[Component, tuple[int, ...]]
 
@@ -106,6 +134,8 @@ def _arenas(group: Group, interleave: Interleave) -> list[list[_Part]]:
     layers: list[list[_Part]] = [
         [(c, (layer,)) for c in group.components if c.scope == "layer"] for layer in group.layers
     ]
+    if interleave == "none" and group.block_order == "joined":
+        interleave = 1  # the components of a layer have one arena
     if interleave == "none":
         return [[part] for part in chain(shared, *layers)]
     runs = [list(chain(*layers[i : i + interleave])) for i in range(0, len(layers), interleave)]

@@ -245,34 +245,34 @@ def _short(index: Any) -> str:
 
 
 def _strided(
-    arena: torch.Tensor, where: Slice, lead: tuple[int, ...], lead_bytes: tuple[int, ...], offset: int
+    memory: torch.Tensor, where: Slice, lead: tuple[int, ...], lead_bytes: tuple[int, ...], offset: int
 ) -> torch.Tensor:
     size = where.dtype.itemsize
+    strides = [*lead_bytes, where.head_bytes or where.row_bytes, size]
     with torch.inference_mode(False):  # a view made in that mode could never be written outside of it
-        return arena.view(where.dtype).as_strided(
-            (*lead, where.heads, where.width),
-            (*(b // size for b in lead_bytes), where.width, 1),
-            (offset + where.offset_bytes) // size,
+        return memory.view(where.dtype).as_strided(
+            (*lead, where.heads, where.width), [b // size for b in strides], (offset + where.offset_bytes) // size
         )
 
 
 def block_view(arena: torch.Tensor, where: Slice, token_bytes: int, block_size: int, num_blocks: int) -> torch.Tensor:
     """``[num_blocks, block_size, heads, width]`` over an arena's bytes; block b starts at ``b * block_size *
-    token_bytes``.
+    token_bytes``. Where heads come first in memory, it is a transposed view.
     """
-    return _strided(arena, where, (num_blocks, block_size), (block_size * token_bytes, token_bytes), 0)
+    step = where.row_bytes if where.head_bytes else token_bytes
+    return _strided(arena, where, (num_blocks, block_size), (block_size * token_bytes, step), 0)
 
 
 def row_view(arena: torch.Tensor, where: Slice, token_bytes: int, row_tokens: int, num_rows: int) -> torch.Tensor:
-    """``[num_rows, row_tokens, heads, width]`` over an arena's bytes."""
+    """``[num_rows, row_tokens, heads, width]`` over an arena's bytes, where tokens come first."""
     return _strided(arena, where, (num_rows, row_tokens), (row_tokens * token_bytes, token_bytes), 0)
 
 
 def slot_view(
     memory: torch.Tensor, where: Slice, shape: tuple[int, int], strides: tuple[int, int], begin: int
 ) -> torch.Tensor:
-    """``[slots, block_size, heads, width]`` over the bytes of host slots. shape: slots, block_size. strides: bytes of a
-    slot, and of a token. begin: where the bytes of the arena begin in the first slot.
+    """``[slots, block_size, heads, width]`` over the bytes of host slots, where tokens come first. shape: slots,
+    block_size. strides: bytes of a slot, and of a token. begin: where the bytes of the arena begin in the first slot.
     """
     return _strided(memory, where, shape, strides, begin)
 

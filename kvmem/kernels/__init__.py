@@ -11,6 +11,8 @@
 ``flash_attention``       arguments for FlashAttention 2 and 3
 ``flash_attention_4``     arguments for FlashAttention 4
 ``torch_ops``             the FlashAttention that is inside torch
+``vllm_cpu``              vLLM's attention on CPUs: loader, planner and writer, over blocks that it packs
+``openvino``              OpenVINO's attention on CPUs: a layer of its own, or the inputs of a whole model
 ``merge``                 joins attention over two parts of a context
 ``checks``                what kernels need of a cache or a batch
 ``versions``              the arguments that the installed libraries take
@@ -27,5 +29,6 @@ A cache of 8-bit floats may be stored divided by scales (``write.write_kv(k_scal
 them: FlashInfer's ``run(k_scale=, v_scale=)``, FlashAttention 3's ``k_descale=``, ``v_descale=`` (float32
 ``[B, H]``, and 8-bit queries). With any other, ``scale=head_dim**-0.5 * k_scale`` and ``out * v_scale`` are the same.
 
-Nothing here imports an optional package: the caller has it already. ``blocks`` uses Triton where it is installed.
+Nothing here imports an optional package, but ``vllm_cpu.load()`` and ``openvino.load()``: the caller has it already.
+``blocks`` uses Triton where it is installed. ``docs/kernels.md`` says what each kernel takes.
 """

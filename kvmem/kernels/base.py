@@ -79,7 +79,9 @@ class Kernel:
     kind ``"write"`` new K and V, ``[2, T, H, D]``, which are returned as they are.
     guard_tokens: how many tokens past a sequence's end it may touch, so that they must be mapped and finite.
     kind: ``"kv"``, ``"mla"``, ``"shared"`` (shared prefixes are read once) or ``"write"``.
-    reads: what ``cache`` is: ``Allocator.kv(layer)``, or the rows ``Allocator.rows(layer, "k")`` and ``"v"``.
+    reads: what ``cache`` is: ``Allocator.kv(layer)``; the rows ``Allocator.rows(layer, "k")`` and ``"v"``; or
+    ``Allocator.kv_by_head(layer)``, of a spec that the adapter's ``spec_for`` has made. The library of such a kernel is
+    what the adapter's ``load()`` returns.
     contiguous: it needs sequences in rows (virtual backend). block_multiple: of the block sizes that it takes.
     queries: how many new tokens its rows may have: any numbers, ``"equal"`` ones, or ``"one"`` each. dtypes: of the
     queries; empty for any. windows: it can leave out what a sliding window has dropped. pads: it takes padded batches.
@@ -91,7 +93,7 @@ class Kernel:
     prepare: Callable[[Any, Step], Run]
     guard_tokens: int = 0
     kind: Literal["kv", "mla", "shared", "write"] = "kv"
-    reads: Form = "blocks"
+    reads: Literal["rows", "blocks", "heads"] = "blocks"
     contiguous: bool = False
     block_multiple: int = 1
     queries: Literal["any", "equal", "one"] = "any"

@@ -35,7 +35,7 @@ from kvmem.allocator import Allocator
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.sequence import Sequence
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import check_batch, plain
+from kvmem.kernels.checks import as_bytes, check_batch, heads_first, plain
 from kvmem.kernels.write import to_cache_dtype
 
 if TYPE_CHECKING:
@@ -162,6 +162,8 @@ def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl 
             raise SpecError(
                 f"copy_blocks: block {both[0]} is read and written; the copies have no order, so make two calls"
             )
+    if heads_first(source.blocks):
+        return _scatter(target, _gather(source, None, impl), impl)
     _copy(pick(source.blocks, impl), (source.blocks, source.ids), (source.blocks, target.ids), source.tokens)
 
 
@@ -169,6 +171,10 @@ def zero_blocks(blocks: torch.Tensor, ids: Ids, *, impl: Impl | None = None) -> 
     """Writes zero to whole blocks of one component of one layer."""
     found = _named(blocks, "ids", ids)
     if len(found.ids) == 0:
+        return
+    if heads_first(found.blocks):
+        pick(found.blocks, impl)
+        as_bytes(found.blocks)[found.ids] = 0
         return
     (cells,) = _words(found.blocks)
     if pick(found.blocks, impl) == "torch":
@@ -200,8 +206,18 @@ def _named(blocks: torch.Tensor, name: str, ids: Ids) -> _Named:
     return _Named(blocks, checked, (len(checked), size, *row), size)
 
 
+def _index(named: _Named) -> tuple[torch.Tensor, ...]:
+    """What is named, as an index of head-major blocks: these are copied by torch, head by head, whatever ``impl``."""
+    ids, size = named.ids, named.blocks.shape[1]
+    return (ids,) if named.tokens == size else (ids // size, ids % size)
+
+
 def _gather(source: _Named, out: torch.Tensor | None, impl: Impl | None) -> torch.Tensor:
     out = _target(source.blocks, out, source.shape)
+    if heads_first(source.blocks):
+        pick(source.blocks, impl)
+        as_bytes(out).copy_(as_bytes(source.blocks)[_index(source)])
+        return out
     _copy(pick(source.blocks, impl), (source.blocks, source.ids), (out, None), source.tokens)
     return out
 
@@ -214,6 +230,10 @@ def _scatter(target: _Named, values: torch.Tensor, impl: Impl | None) -> None:
             f"on {blocks.device}"
         )
     values = to_cache_dtype(values, blocks.dtype).contiguous()
+    if heads_first(blocks):
+        pick(blocks, impl)
+        as_bytes(blocks)[_index(target)] = as_bytes(values)
+        return
     _copy(pick(blocks, impl), (values, None), (blocks, target.ids), target.tokens)
 
 

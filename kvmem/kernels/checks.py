@@ -6,15 +6,15 @@ import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade
-from kvmem.arguments import brief
+from kvmem.arguments import brief, check_size
 from kvmem.errors import SpecError
 from kvmem.geometry.views import plain
 from kvmem.kernels.base import Form
 
 __all__ = [
-    "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_cache",
-    "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of", "host", "plain", "row_spans",
-    "rows_of", "window_left",
+    "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple",
+    "check_by_head", "check_cache", "check_heads", "check_new", "check_no_window", "check_queries", "check_strides",
+    "flat_tokens", "form_of", "heads_first", "host", "plain", "row_spans", "rows_of", "window_left",
 ]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
@@ -32,11 +32,18 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if eight_bits else tensor
 
 
+def heads_first(blocks: torch.Tensor) -> bool:
+    """Whether ``[num_blocks, block_size, H, W]`` is a transposed view of head-major blocks."""
+    return blocks.ndim == 4 and blocks.shape[2] > 1 and blocks.stride(1) < blocks.stride(2)
+
+
 def flat_tokens(blocks: torch.Tensor) -> torch.Tensor:
     """``[num_blocks, block_size, H, W]`` as ``[num_blocks * block_size, H, W]``, a view: index t is what
-    ``slot_mapping`` holds.
+    ``slot_mapping`` holds. ``SpecError`` for head-major blocks, of which there is no such view.
     """
     blocks = plain(blocks)
+    if heads_first(blocks):
+        raise SpecError("cache: its blocks are head-major, and this reads tokens that lie one after the other")
     num_blocks, block_size, heads, width = blocks.shape
     return blocks.view(num_blocks * block_size, heads, width)
 
@@ -66,6 +73,28 @@ def check_cache(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
             f"cache: K has strides {k.stride()} and V {v.stride()}; append and CUDA-core decode take equal strides only"
         )
     check_strides(k)
+    return k, v
+
+
+def check_by_head(
+    cache: object, heads: int, block_size: int, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of head-major blocks as plain tensors; ``SpecError`` unless each is ``[num_blocks, heads, block_size,
+    width]`` of that dtype in memory of the CPU, with equal strides and the last two dimensions dense.
+    """
+    check_all_blocks(cache, "alloc.kv_by_head(layer)")
+    k, v = (plain(part) for part in cache)  # type: ignore[attr-defined]
+    expected = (heads, block_size, width)
+    if tuple(k.shape[1:]) != expected or tuple(v.shape[1:]) != expected or {k.dtype, v.dtype} != {dtype}:
+        raise SpecError(
+            f"cache: K is {tuple(k.shape)} {k.dtype} and V {tuple(v.shape)} {v.dtype}; must be [num_blocks, heads, "
+            f"block_size, width] = [num_blocks, {heads}, {block_size}, {width}] of {dtype}: alloc.kv_by_head(layer)"
+        )
+    if k.stride() != v.stride() or k.stride()[2:] != (width, 1) or not k.is_cpu:
+        raise SpecError(
+            f"cache: K has strides {k.stride()} and V {v.stride()}, on {k.device}; the kernel takes equal ones with "
+            "dense blocks of a head, in memory of the CPU: alloc.kv_by_head(layer)"
+        )
     return k, v
 
 
@@ -158,16 +187,32 @@ def check_batch(batch: object) -> None:
         raise SpecError(f"batch: got {batch!r:.200}; kernels take the batch of a step: alloc.batch([seq])")
 
 
-def check_all_blocks(cache: object) -> None:
-    """``SpecError`` for what is not K and V of all blocks, ``[num_blocks, block_size, heads, width]`` each."""
+def check_all_blocks(cache: object, call: str = "alloc.kv(layer)") -> None:
+    """``SpecError`` for what is not K and V of all blocks, four dimensions each. call: what gives them."""
     parts = cache if isinstance(cache, (tuple, list)) else [cache]
     if len(parts) == 2 and all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in parts):
         return
     got = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
     raise SpecError(
-        f"cache: got {got}; must be alloc.kv(layer), K and V of all blocks; seq.kv(layer) is for attention without a "
-        "batch"
+        f"cache: got {got}; must be {call}, K and V of all blocks; seq.kv(layer) is for attention without a batch"
     )
+
+
+def check_heads(num_query_heads: object, num_kv_heads: object, head_dim: object) -> None:
+    """``SpecError`` unless all are integers of 1 or more, and the query heads a multiple of the cache's."""
+    queries, heads = check_size("num_query_heads", num_query_heads), check_size("num_kv_heads", num_kv_heads)
+    check_size("head_dim", head_dim)
+    if queries % heads:
+        raise SpecError(f"num_query_heads: got {queries}; must be a multiple of num_kv_heads, {heads}")
+
+
+def check_new(name: str, values: object, shape: tuple[int, ...]) -> None:
+    """``SpecError`` unless ``values`` is a tensor of that shape in memory of the CPU."""
+    if not isinstance(values, torch.Tensor) or not values.is_cpu:
+        got = f"a tensor on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
+        raise SpecError(f"{name}: got {got}; must be a tensor in memory of the CPU")
+    if tuple(values.shape) != shape:
+        raise SpecError(f"{name}: got shape {tuple(values.shape)}; the batch and the cache make it {shape}")
 
 
 def check_queries(q: object) -> None:

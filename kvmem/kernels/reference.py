@@ -17,7 +17,7 @@ from kvmem.allocator.cascade import Cascade, CascadeLevel
 from kvmem.arguments import check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run, Step
-from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, check_queries, flat_tokens, plain
+from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, check_queries, flat_tokens, heads_first, plain
 from kvmem.kernels.merge import merge_levels
 
 __all__ = ["cascade_attention", "level_attention", "oracle", "prepare_sdpa", "sdpa", "sdpa_lse"]
@@ -195,7 +195,7 @@ def _parts(
 
 def _tokens(blocks: torch.Tensor, batch: GroupBatch, part: _Part) -> torch.Tensor:
     """``[length - first, heads, width]`` of one sequence, in order."""
-    if batch.row_starts_cpu is not None:
+    if batch.row_starts_cpu is not None and not heads_first(plain(blocks)):
         start = int(batch.row_starts_cpu[part.row])
         return flat_tokens(blocks)[start + part.first : start + part.length]
     size = batch.block_size

@@ -17,11 +17,13 @@ from kvmem.kernels import (
     flash_attention_4,
     flashinfer,
     flashinfer_mla,
+    openvino,
     reference,
     torch_ops,
+    vllm_cpu,
     write,
 )
-from kvmem.kernels.base import Kernel, Run, Step
+from kvmem.kernels.base import HALVES, Kernel, Run, Step
 
 __all__ = ["KERNELS", "Kernel", "Run", "Step", "check_guard", "find"]
 
@@ -66,6 +68,12 @@ KERNELS: Final[tuple[Kernel, ...]] = (
     Kernel("FlashAttention 2, varlen", "flash_attention", "flash_attn", flash_attention.prepare_fa2_varlen,
            block_multiple=256),
     Kernel("kvmem sdpa", "reference", "kvmem.kernels.reference", reference.prepare_sdpa, dtypes=()),
+    Kernel("vLLM CPU", "vllm_cpu", "vllm", vllm_cpu.prepare_attention, reads="heads", block_multiple=16,
+           dtypes=(torch.float32, *HALVES)),
+    Kernel("vLLM CPU write", "vllm_cpu", "vllm", vllm_cpu.prepare_write, kind="write", reads="heads", block_multiple=16,
+           dtypes=(torch.float32, *HALVES)),
+    Kernel("OpenVINO", "openvino", "openvino", openvino.prepare_attention, reads="heads", block_multiple=32,
+           dtypes=(torch.float32,), pads=False),
     Kernel("kvmem write_kv", "write", "kvmem.kernels.write", write.prepare_write, kind="write", dtypes=()),
 )  # fmt: skip
 

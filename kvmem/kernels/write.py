@@ -12,7 +12,7 @@ from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.geometry.views import CacheTensor, plain
 from kvmem.kernels.base import Cache, Result, Run, Step
-from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch
+from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch, heads_first
 
 __all__ = ["prepare_write", "to_cache_dtype", "write_all", "write_component", "write_kv"]
 
@@ -29,9 +29,9 @@ def write_kv(
     that ``to_cache_dtype`` converts to the cache's. k_scale, v_scale: what they are divided by.
 
     It takes a few device operations and does not synchronise, so a graph can capture it, and the graph stays valid
-    while sequences grow. Padding rows write to the padding block. ``SpecError`` for a shape or a dtype that does not
-    fit, ``StaleHandle`` where the batch's sequences are not what they were (``GroupBatch.check_current``): nothing is
-    written then.
+    while sequences grow (of head-major blocks: while ``kv(layer)`` is as long). Padding rows write to the padding
+    block. ``SpecError`` for a shape or a dtype that does not fit, ``StaleHandle`` where the batch's sequences are not
+    what they were (``GroupBatch.check_current``): nothing is written then.
     """
     check_all_blocks(cache)
     write_all([("k", cache[0], batch, k, k_scale), ("v", cache[1], batch, v, v_scale)])
@@ -47,7 +47,11 @@ def write_all(parts: Sequence[tuple[str, torch.Tensor, GroupBatch, torch.Tensor,
         check_batch(batch)
     ready = [_converted(*part) for part in parts]
     for (_, blocks, batch, _, _), values in zip(parts, ready, strict=True):
-        as_bytes(all_tokens(blocks))[batch.slot_mapping] = values
+        if heads_first(plain(blocks)):
+            slots = batch.slot_mapping
+            as_bytes(blocks)[slots // batch.block_size, slots % batch.block_size] = values
+        else:
+            as_bytes(all_tokens(blocks))[batch.slot_mapping] = values
 
 
 def write_component(blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, *, scale: Scale = 1.0) -> None:

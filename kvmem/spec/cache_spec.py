@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral
 from os import PathLike
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import torch
 
@@ -22,11 +22,15 @@ from kvmem import arguments as check
 from kvmem.errors import SpecError
 from kvmem.spec.component import Component, Growth, Rope, assign, canonical
 from kvmem.spec.dtypes import dtype_name, parse_dtype
+from kvmem.spec.group_rules import GROUP_RULES
 
 __all__ = ["CacheSpec", "Group"]
 
 _FORMAT: Final = 1  # version of to_dict(), and part of the fingerprint: raise it when the meaning of a field changes
 _T = TypeVar("_T")
+BlockOrder = Literal["tokens", "heads", "joined"]
+#: Fields of a group that to_dict() leaves out at their defaults, so that older dicts and fingerprints stay valid.
+_OPTIONAL: Final = {"block_order": "tokens", "packing": ""}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,14 @@ class Group:
     max_tokens: with ``growth="prefill"``, the largest number of encoder tokens (Whisper: 1,500); None for no limit.
     block_size: tokens of a block; None takes the spec's value. In a ``CacheSpec`` it is always an int, and 1 with
         ``growth="fixed"``.
+    block_order: of a layer's bytes in a block. ``"tokens"``: ``[block_size, heads, width]`` for each component;
+        ``"heads"`` (head-major): ``[heads, block_size, width]``; ``"joined"``: ``[heads, components, block_size,
+        width]``, of each head all of K, then all of V.
+    packing: the name of a format that a kernel packs blocks in, such as ``"vllm_cpu.vec16"``; empty for plain elements.
+        Packed blocks are opaque: only that kernel reads and writes them, and no caller sees elements. Caches of
+        different packings never mix, because the name is part of the fingerprint.
+
+    With any order but ``"tokens"``, blocks are copied whole and prefixes match whole blocks only.
 
     Raises ``SpecError`` for fields that are invalid or contradict each other.
     """
@@ -52,6 +64,8 @@ class Group:
     window_tokens: int | None = None
     max_tokens: int | None = None
     block_size: int = None  # type: ignore[assignment]  # None only before a CacheSpec takes the group: readers see an int
+    block_order: BlockOrder = "tokens"
+    packing: str = ""
 
     def __post_init__(self) -> None:
         check.check_name("Group.name", self.name)
@@ -66,6 +80,9 @@ class Group:
                 assign(self, **{field: check.check_size(here + field, getattr(self, field))})
         if self.growth == "fixed" and self.block_size is None:
             assign(self, block_size=1)
+        check.check_choice(here + "block_order", self.block_order, get_args(BlockOrder))
+        if self.packing != "":
+            check.check_name(here + "packing", self.packing)
         for field, refused, why in GROUP_RULES:
             if refused(self):
                 raise SpecError(f"{here}{field}: got {check.brief(getattr(self, field))}; {why}")
@@ -256,6 +273,19 @@ class CacheSpec:
 
         return spec_from_config(config, dtype=dtype, block_size=block_size, assume=assume)
 
+    def with_blocks(self, block_order: BlockOrder, *, packing: str = "", block_size: int | None = None) -> CacheSpec:
+        """Return this spec with other blocks in all groups that hold tokens; see :class:`Group`. block_size: default as
+        it is. ``SpecError`` where a group cannot have them.
+        """
+
+        def changed(group: Group) -> Group:
+            size = group.block_size if block_size is None else block_size
+            return replace(group, block_order=block_order, packing=packing, block_size=size)
+
+        groups = tuple(g if g.growth == "fixed" else changed(g) for g in self.groups)
+        size = self.block_size if block_size is None else block_size
+        return replace(self, groups=groups, block_size=size, components=None)
+
     @cached_property
     def bytes_per_token(self) -> int:
         """The payload bytes of one new token, over all groups that grow by token.
@@ -324,7 +354,7 @@ def _plain(instance: Component | Group | CacheSpec) -> dict[str, Any]:
     plain = {
         name: dtype_name(v) if isinstance(v, torch.dtype) else v
         for name, v in values.items()
-        if name not in ("groups", "components")
+        if name not in ("groups", "components") and v != _OPTIONAL.get(name, object)
     }
     return {name: _lists(value) for name, value in plain.items()}
 
@@ -343,34 +373,6 @@ def _build(cls: type[_T], data: Mapping[str, Any]) -> _T:
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for field in sorted(data.keys() - known):
         raise SpecError(f"{field}: got {check.brief(data[field])}; {cls.__name__} has no such field")
-    for field in sorted(known - data.keys()):
+    for field in sorted(known - data.keys() - _OPTIONAL.keys()):
         raise SpecError(f"{field}: missing from a {cls.__name__}")
     return cls(**data)
-
-
-def _differ(what: Callable[[Component], object]) -> Callable[[Group], bool]:
-    return lambda g: any(what(c) != what(g.components[0]) for c in g.components)
-
-
-GROUP_RULES: Final[tuple[tuple[str, Callable[[Group], bool], str], ...]] = (
-    ("components", _differ(lambda c: c.growth),
-     "all components of a group must grow in the same way: put them in groups by growth"),
-    ("components", _differ(lambda c: c.ragged),
-     "components of a group share lengths: make all ragged or none, or put them in two groups"),
-    ("components", lambda g: g.ragged and _differ(lambda c: c.heads)(g),
-     "ragged lengths are per head, so all components of the group need the same heads"),
-    ("components", lambda g: g.ragged and g.k_only,
-     "ragged K with no V: V of any head is derived from the K of every head (Slim), so no head may drop a row alone"),
-    ("components", lambda g: g.k_only and g.components[0].dtype.itemsize < 2,
-     "8-bit K with no V: deriving V multiplies the rounding of K by the condition number of W_K; store fp16 or wider"),
-    ("window_tokens", lambda g: g.window_tokens is not None and g.growth == "fixed",
-     "a fixed state holds no tokens, so it has no window"),
-    ("window_tokens", lambda g: g.window_tokens is not None and g.growth == "prefill",
-     "what is fixed after prefill is read whole by every step: it has no sliding window"),
-    ("window_tokens", lambda g: g.window_tokens is not None and g.ragged,
-     "ragged rows are compacted, so a block no longer spans a range of positions that a window could leave behind"),
-    ("max_tokens", lambda g: g.max_tokens is not None and g.growth != "prefill",
-     "only a group that is fixed after prefill has such a limit"),
-    ("block_size", lambda g: g.growth == "fixed" and g.block_size != 1,
-     "a fixed state is one block per sequence: use 1, or leave it out"),
-)  # fmt: skip

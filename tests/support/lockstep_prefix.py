@@ -90,6 +90,7 @@ class PrefixLockstep(Lockstep):
     def __init__(
         self, alloc: kvmem.Allocator, *, contents: bool = True, plentiful: bool = False, partial_reuse: bool = True
     ) -> None:
+        partial_reuse = partial_reuse and all(group.block_order == "tokens" for group in alloc.spec.groups)
         super().__init__(alloc, contents=contents, model=model_of(alloc, PrefixModel, partial_reuse=partial_reuse))
         self.plentiful = plentiful
         self.seqs: dict[int, kvmem.Sequence] = {}

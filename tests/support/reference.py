@@ -42,6 +42,7 @@ class GroupRules:
     piece_bytes: list[int]
     guard_tokens: int  # held in whole pieces behind the length
     window_guard_tokens: int  # and before a window
+    moved_tokens: int = 1  # tokens that are copied at once: those of a block, where they do not lie one after the other
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Model:
                     group.growth, group.block_size, (self.unit if group.growth == "token" else 0) or group.block_size,
                     group.window_tokens or 0, longest, sizes, pieces,
                     guard_tokens if virtual and group.growth != "fixed" else 0, guard_tokens,
+                    1 if group.block_order == "tokens" else group.block_size,
                 )
             )  # fmt: skip
         self.main = next((i for i, g in enumerate(self.groups) if g.growth == "token"), 0)
@@ -127,7 +129,8 @@ class Model:
         """The pieces that tokens [first, tokens) lie in, with the guard behind them."""
         rules = self.groups[g]
         size, piece = rules.token_bytes[arena], rules.piece_bytes[arena]
-        return first * size // piece, up((tokens + rules.guard_tokens) * size, piece) if tokens else 0
+        moved = up(tokens + rules.guard_tokens, rules.moved_tokens) * rules.moved_tokens
+        return first * size // piece, up(moved * size, piece) if tokens else 0
 
     def _settle(self, handle: int, g: int, write_from: int | None = None) -> None:
         """Holds exactly the pieces that the group's tokens need; those from ``write_from`` on are not shared with
@@ -148,7 +151,8 @@ class Model:
     def _unshared(self, g: int, tokens: int) -> int:
         """The first of ``tokens`` tokens that a sequence which goes on from them has for itself. Pages are shared as they are;
         blocks in units, since what is published later is published in these."""
-        return tokens if self.virtual else tokens // self.groups[g].unit_tokens * self.groups[g].unit_tokens
+        unit = self.groups[g].moved_tokens if self.virtual else self.groups[g].unit_tokens
+        return tokens // unit * unit
 
     # --- calls ---
 

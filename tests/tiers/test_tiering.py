@@ -6,7 +6,7 @@ import random
 
 import pytest
 from support import LONG, Steps
-from tier_world import PAGE, SPECS, DictTier, Prompts, Ranks, World, make, prompts
+from tier_world import MORE, PAGE, SPECS, DictTier, Prompts, Ranks, World, make, prompts
 
 import kvmem
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -41,25 +41,28 @@ def test_blocks_come_back_from_a_lower_tier(name: str, backend: str, write: str,
 
 
 @pytest.mark.core
-def test_another_process_finds_what_one_has_written(backend: str, seed: int) -> None:
+@pytest.mark.parametrize("name", ["full", *MORE])
+def test_another_process_finds_what_one_has_written(name: str, backend: str, seed: int) -> None:
     """A second allocator of the other backend and another interleave, over the same tier."""
     rng, tier = random.Random(seed), DictTier()
     text = [rng.randrange(100) for _ in range(60)]
     other = {"paged": "virtual", "virtual": "paged"}[backend]
-    with make("full", backend, host_blocks=20, lower=[tier]) as alloc:
+    with make(name, backend, host_blocks=20, lower=[tier]) as alloc:
         World(alloc).run(text)
         assert alloc.store(text) == 15 and alloc.store(text) == 0
         assert alloc.flush(30)
     assert len(tier.data) == 15
     for model, cached in (("toy", 56), ("another", 0)):
-        with make("full", other, interleave="none", host_blocks=3, lower=[tier], model=model) as alloc:
+        with make(name, other, interleave="none", host_blocks=3, lower=[tier], model=model) as alloc:
             world = World(alloc)
             assert alloc.match(text).by_tier == {"device": 0, "host": 0}
             assert world.run(text, load="all") == cached
             assert world.run(text, salt="other", load="all") == 0
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.core] * (name in ("window", "state"))) for name in sorted(SPECS)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.core] * (name in ("window", "state"))) for name in sorted(SPECS)]
+)
 def test_a_rank_that_follows_the_ops_holds_the_same_bytes(name: str, backend: str, seed: int) -> None:
     rng = random.Random(seed)
     world = Ranks(name, backend, host_blocks=6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import dict_tier
 import numpy as np
@@ -55,6 +55,11 @@ def latent_spec() -> CacheSpec:
     )
 
 
+def by_head(order: Literal["heads", "joined"]) -> CacheSpec:
+    """Head-major blocks, whose rows the device pads to 16 bytes."""
+    return CacheSpec((Group("a", _kv(5, heads=3), (0, 1)),), block_size=4).with_blocks(order)
+
+
 SPECS = {
     "full": full_spec,
     "window": window_spec,
@@ -63,6 +68,7 @@ SPECS = {
     "sizes": sizes_spec,
     "latent": latent_spec,
 }
+MORE = {"heads": lambda: by_head("heads"), "joined": lambda: by_head("joined")}  # for single tests
 
 
 class DictTier(dict_tier.DictTier):
@@ -87,7 +93,7 @@ class DictTier(dict_tier.DictTier):
 def make(
     name: str, backend: str, *, host_blocks: int = 8, lower: Sequence[Tier] = (), **options: Any
 ) -> kvmem.Allocator:
-    spec = SPECS[name]()
+    spec = (SPECS | MORE)[name]()
     sizes = {
         "memory": MEMORY[backend],
         "page_bytes": PAGE,

@@ -187,6 +187,7 @@ void PagedTable::copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Tran
 
 void PagedTable::copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {
   const Blocks& b = blocks_[group];
+  tokens = moved_tokens(geometry_.groups[group], tokens);
   for (const SlotClass& c : b.classes) {
     for (i64 a : c.arenas) {
       tx.push({OpKind::copy, arena(a), to * c.block_bytes, from * c.block_bytes, tokens * (c.block_bytes / b.tokens)});

@@ -321,8 +321,7 @@ void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens,
   rows_.set_maybe_shared(from, true);
   rows_.set_maybe_shared(to, true);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const i64 bytes = tokens * token_bytes(group, a);
-    const i64 whole = bytes / page_bytes();
+    const i64 bytes = moved_bytes(group, a, tokens), whole = settled_bytes(group, a, tokens) / page_bytes();
     const Extent& source = rows_.extent(from, a);
     for (i64 slot = rows_.low_slot(group, a, first); slot < whole;) {
       i64 n = 1;
@@ -331,10 +330,10 @@ void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens,
       slot += n;
     }
     map_holes(to, a, whole, rows_.high_slot(group, a, tokens), tx);
-    if (const i64 tail = first < tokens ? bytes % page_bytes() : 0) {  // a window of one token may need no token
-      const i64 offset = whole * page_bytes();
-      tx.push({OpKind::copy, arena(a), rows_.slot_of(to, group, a) * page_bytes() + offset,
-               rows_.slot_of(from, group, a) * page_bytes() + offset, tail});
+    if (first == tokens) continue;  // a window of one token may need no token
+    for (i64 at = whole * page_bytes(); at < bytes; at += page_bytes()) {
+      tx.push({OpKind::copy, arena(a), rows_.slot_of(to, group, a) * page_bytes() + at,
+               rows_.slot_of(from, group, a) * page_bytes() + at, std::min(page_bytes(), bytes - at)});
     }
   }
 }

@@ -164,7 +164,7 @@ class VirtualRules final : public FollowRules {
     const i64 g = group_of(a);
     const FollowedLengths::Range live = lengths_.unchanged(handle, g);
     const i64 first = std::max(live.first * token_bytes(g, a), slot * page_bytes());
-    const i64 end = std::min(live.end * token_bytes(g, a), (slot + 1) * page_bytes());
+    const i64 end = std::min(moved_bytes(g, a, live.end), (slot + 1) * page_bytes());
     if (end <= first) return;
     const i64 row = rows_.row_of(sequences_.index(handle));
     const i64 now = row > 0 ? rows_.extent(row, a).page(slot) : -1, within = first % page_bytes();

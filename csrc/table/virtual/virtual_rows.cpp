@@ -113,7 +113,7 @@ bool VirtualRows::is_whole(const Op& op) const {
 // A row may have its own pages before shared ones, because a window's blocks can come from several rows.
 i64 VirtualRows::first_shared(i64 row, i64 a, i64 tokens) const {
   const Extent& e = extent(row, a);
-  i64 slot = std::max(e.lo, tokens * token_bytes(group_of(a), a) / page_bytes());
+  i64 slot = std::max(e.lo, settled_bytes(group_of(a), a, tokens) / page_bytes());
   while (slot < e.hi && (e.pages[slot] < 0 || !must_copy(e.pages[slot]))) ++slot;
   return slot;
 }
@@ -125,7 +125,8 @@ i64 VirtualRows::room(i64 row, i64 group) {
   room = geometry_.groups[group].max_tokens;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
-    i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - guard_tokens(group);
+    const i64 mapped = quotient(e.hi * page_bytes(), token_bytes(group, a));
+    i64 here = settled_tokens(geometry_.groups[group], mapped) - guard_tokens(group);
     const bool reached = e.count > 0 && e.solid <= low_slot(group, a, front);
     if (!reached) here = 0;
     if (!reached || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));

@@ -96,7 +96,7 @@ class VirtualRows : public TableContext {
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return quotient(first_token * token_bytes(g, a), page_bytes()); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;
-    const i64 bytes = (tokens + guard_tokens(g)) * token_bytes(g, a);
+    const i64 bytes = moved_bytes(g, a, tokens + guard_tokens(g));
     return std::min(row_slots(g, a), ceil_div(bytes, page_bytes()));
   }
   // A call that maps slots of a row maps some more, so that a sequence that grows token by token needs driver calls

@@ -109,9 +109,8 @@ std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 from, i64
   std::vector<i64> pieces;
   for (i64 a = first_[group]; rows_.row_of(index) >= 0 && a < first_[group + 1]; ++a) {
     const Extent& e = rows_.extent(rows_.row_of(index), a);
-    i64 slot = from * token_bytes(group, a) / page_bytes();
-    for (const i64 last = std::max(slot + 1, ceil_div(end * token_bytes(group, a), page_bytes())); slot < last;
-         ++slot) {
+    i64 slot = settled_bytes(group, a, from) / page_bytes();
+    for (const i64 last = std::max(slot + 1, ceil_div(moved_bytes(group, a, end), page_bytes())); slot < last; ++slot) {
       const bool shared = slot >= e.lo && slot < e.hi && pool_.refs(e.pages[slot]) > 1;
       pieces.push_back(shared ? e.pages[slot] : -1);
     }
@@ -157,14 +156,21 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
   const i64 row = rows_.row_of(index);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = rows_.extent(row, a);
-    const i64 tail = tokens * token_bytes(group, a) % page_bytes();
-    const i64 slot = tokens * token_bytes(group, a) / page_bytes();
-    const auto is_shared = [&] { return tail > 0 && slot < e.hi && rows_.first_shared(row, a, tokens) == slot; };
-    // If the only other row that shows the page is parked and has no content, it gives way, and nothing is copied.
-    if (is_shared() && pool_.ready_pages(*this) == 0) pool_.make_room(*this, 1, false, tx);
-    const bool shared = is_shared();
-    drop_shared_guard(row, a, std::max(e.lo, slot + (tail > 0)), tx);
-    if (shared) replace_page(row, group, a, slot, tail, tx);
+    const i64 bytes = moved_bytes(group, a, tokens), end = ceil_div(bytes, page_bytes());
+    const i64 first = std::max(e.lo, settled_bytes(group, a, tokens) / page_bytes());
+    const auto is_shared = [&](i64 slot) { return e.page(slot) >= 0 && rows_.must_copy(e.pages[slot]); };
+    i64 copies = 0;
+    for (i64 slot = first; slot < end; ++slot) copies += is_shared(slot);
+    // If the only other row that shows a page is parked and has no content, it gives way, and nothing is copied.
+    if (copies > pool_.ready_pages(*this)) pool_.make_room(*this, copies, false, tx);
+    std::vector<i64> shared;
+    for (i64 slot = first; slot < end; ++slot) {
+      if (is_shared(slot)) shared.push_back(slot);
+    }
+    drop_shared_guard(row, a, std::max(e.lo, end), tx);
+    for (i64 slot : shared) {
+      replace_page(row, group, a, slot, std::min(page_bytes(), bytes - slot * page_bytes()), tx);
+    }
   }
   marks_.set_copy_tail(index, group, false);
 }

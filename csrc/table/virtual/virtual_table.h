@@ -154,9 +154,9 @@ class VirtualTable final : public PageTable {
   // Makes room for what growing to `tokens` maps in the group, including what is mapped ahead, and returns how many
   // slots that is. Returns 0 if there is no room for the latter, or nothing is mapped ahead.
   i64 slots_with_ahead(i64 row, i64 group, i64 tokens, Transaction& tx);
-  // Replaces shared pages from the length on, after a truncation: the page that the length divides by a copy of the
-  // tokens in use, those behind it (the guard) by new pages. The copy is made at the scratch slot, because the row's
-  // address still shows the old page.
+  // Replaces shared pages from the length on, after a truncation: what holds the token or block that the length divides
+  // by a copy of the tokens in use, those behind it (the guard) by new pages. The copy is made at the scratch slot,
+  // because the row's address still shows the old page.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx);
   void drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx);
   void replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx);

@@ -88,6 +88,8 @@ class ReadCalls(TensorCalls):
         for name in names:
             group = self.spec.group_of(layer, name)
             layout = self._layouts[group]
+            if self.spec.groups[group].block_order != "tokens":
+                raise SpecError(f"layer: got {layer}; a read set is ranges of tokens, and its blocks are head-major")
             where = layout.slice(layer, name)
             base = self._arena(group, where.arena).data_ptr() + where.offset_bytes
             size, places = where.heads * where.width * where.dtype.itemsize, found[group]

@@ -72,6 +72,8 @@ class HeldBlocks:
         index = spec.group_of(layer, "k")
         if index not in self._slots or spec.group_of(layer, "v") != index:
             raise SpecError(f"layer: got {layer}; its K and V must be of one group of full attention")
+        if spec.groups[index].block_order != "tokens":
+            raise SpecError(f"layer: got {layer}; its blocks are head-major, which nothing reads in host slots")
         if not self._held and self.num_tokens:
             raise SpecError("blocks: these were released; hold them again")
         tiering, tokens = self.tiering, self.tiering.block_size

@@ -1,0 +1,64 @@
+"""What the user configures, and what SGLang says about model, ranks and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sglang.srt.runtime_context import get_model, get_parallel, get_serving
+
+from kvmem.arguments import check_number, parse_bytes
+from kvmem.errors import SpecError
+from kvmem.integrations.sglang.keys import PageKeys, Rank, fingerprint, weights_name
+from kvmem.integrations.sglang.names import VERSION
+from kvmem.integrations.sglang.store import TierStore
+from kvmem.integrations.tier_list import check_tiers, open_tiers
+
+__all__ = ["Options", "open_store", "page_keys"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user configures.
+
+    tiers: the fastest first, as ``kvmem.integrations.tier_list`` has them. model: names the weights, so that machines
+    share pages; ``""`` takes what SGLang loads, a folder's files included. deadline_seconds: the longest that one call
+    waits for the tiers. staging: bytes of host memory for what is being moved, each way.
+    """
+
+    tiers: Sequence[Mapping[str, Any]]
+    model: str = ""
+    deadline_seconds: float = 2.0
+    staging: int | str = "1GiB"
+
+    @classmethod
+    def of(cls, given: object) -> Options:
+        """Return the options that a dict holds; ``SpecError`` for a key or a value that is not known."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or "tiers" not in given or set(given) - set(known):
+            raise SpecError(f"kvmem's configuration: got {given!r}; must be a dict with tiers, and maybe {known[1:]}")
+        found = cls(**given)
+        check_tiers(found.tiers)
+        check_number("deadline_seconds", found.deadline_seconds, above=0.0, most=3600.0)
+        parse_bytes("staging", found.staging)
+        if not isinstance(found.model, str):
+            raise SpecError(f"model: got {found.model!r}; must be a text")
+        return found
+
+
+def page_keys(options: Options, ranks: dict[str, Rank], forms: object) -> PageKeys:
+    """Return the keys of pools. ranks: the shard of each. forms: what the layout of their pages depends on."""
+    model = get_model()
+    weights = options.model or weights_name(model.model_path, model.revision)
+    loaded = [str(getattr(model, name)) for name in ("quantization", "dtype", "json_model_override_args")]
+    return PageKeys(fingerprint(VERSION, weights, loaded, forms), ranks, lambda: str(get_serving().weight_version))
+
+
+def open_store(options: Options, rank: Rank, block_bytes: int, forms: object) -> TierStore:
+    """Return the tiers of this process, opened. block_bytes: the largest payload."""
+    parallel = get_parallel()
+    name = f"{rank}-dp{parallel.dp_rank or 0}.{parallel.attn_dp_rank or 0}"
+    identity = fingerprint(VERSION, "folder", forms)
+    tiers = open_tiers(options.tiers, rank=name, fingerprint=identity, block_bytes=block_bytes)
+    return TierStore(tiers, options.deadline_seconds)
