@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     # 7 blocks: two of the long requests do not fit beside the others.
     "preemption in a small pool": {
-        "engine": engine(num_gpu_blocks_override=7, scheduler_reserve_full_isl=False), "rounds": 1, "abort": [], "every": 1,
+        "engine": engine(num_gpu_blocks_override=7, max_model_len=160, scheduler_reserve_full_isl=False), "rounds": 1, "abort": [], "every": 1,
     },
 }  # fmt: skip
 
