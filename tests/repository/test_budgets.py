@@ -43,7 +43,7 @@ PARTS = [
         [*(f"tests/{part}" for part in NEXT), "tests/integrations/sglang"],
         38_960,
     ),
-    ("tests/integrations/sglang", ["tests/integrations/sglang"], [], 1_260),
+    ("tests/integrations/sglang", ["tests/integrations/sglang"], [], 1_380),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
