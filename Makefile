@@ -119,7 +119,7 @@ $(TRANSPORTS)/.installed: $(READY)
 # is its import only, and its kernels are stand-ins (tests/integrations/sglang/standins.py).
 SGLANG_HOME := build/peers/sglang
 test-sglang: core $(SGLANG_HOME)/.installed  ## SGLang's interfaces and a whole SGLang on the CPU, over kvmem's tiers
-	PYTHONPATH=$(abspath $(SGLANG_HOME)) $(PY) -m pytest tests/integrations/sglang $(ARGS)
+	PYTHONPATH=$(abspath $(SGLANG_HOME)) $(PY) -m pytest -o faulthandler_timeout=0 tests/integrations/sglang $(ARGS)
 
 $(SGLANG_HOME)/.installed: $(READY)
 	rm -rf $(SGLANG_HOME)
