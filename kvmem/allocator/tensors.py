@@ -56,13 +56,13 @@ class TensorCalls(BatchCalls):
 
     def by_head(self, layer: int, component: str) -> torch.Tensor:
         """Return one component of a layer, ``[num_blocks, heads, block_size, width]``; as ``kv_by_head``."""
-        group = self.spec.groups[self.spec.group_of(layer, component)]
+        group, blocks = self.spec.groups[self.spec.group_of(layer, component)], self._blocks(layer, component)
         if group.block_order == "tokens":
             raise SpecError(
                 f'group {group.name!r}: block_order: got "tokens", where the heads of a token lie side by side; make '
                 'the allocator of spec.with_blocks("heads"), or use kv()'
             )
-        return CacheTensor.over(self._blocks(layer, component).transpose(1, 2), owner=id(self.core))
+        return CacheTensor.over(blocks.transpose(1, 2), owner=id(self.core))
 
     def joined(self, layer: int, component: str = "k") -> torch.Tensor:
         """Return all components of a layer in one tensor, ``[num_blocks, heads, components * block_size, width]``: of
@@ -70,9 +70,9 @@ class TensorCalls(BatchCalls):
         ``SpecError`` unless ``block_order`` is ``"joined"``.
         """
         group = self.spec.groups[self.spec.group_of(layer, component)]
+        first = self._blocks(layer, group.components[0].name).transpose(1, 2)
         if group.block_order != "joined":
             raise SpecError(f'group {group.name!r}: block_order: got {group.block_order!r}; one tensor needs "joined"')
-        first = plain(self.by_head(layer, group.components[0].name))
         shape = (*first.shape[:2], len(group.components) * group.block_size, first.shape[3])
         return CacheTensor.over(first.as_strided(shape, first.stride()), owner=id(self.core))
 

@@ -26,9 +26,9 @@ LEVELS: dict[str, int] = {
             "_core errors arguments",
             "spec",
             "memory geometry events",
-            "tiers",
+            "tiers transport",
             "allocator",
-            "kernels",
+            "kernels distributed",
             "layouts",
             "chunks selectors near",
             "integrations plan",
@@ -40,7 +40,7 @@ LEVELS: dict[str, int] = {
 ALONE = 2  # folders of this level never import each other: they meet in the allocator
 FACADE = 4  # kvmem/__init__.py names what is public up to this level; only higher levels write `from kvmem import ...`
 OPTIONAL_FROM = 5  # from this level on a file may import an optional package, the one it is about
-OPTIONAL_TOO = {"tiers"}  # clients of stores
+OPTIONAL_TOO = {"tiers", "transport"}  # clients of stores and of transports
 OPTIONAL_FILES = {"allocator/prefetch/l2_triton.py"}  # a kernel that the allocator itself launches
 
 REQUIRED = {"torch", "numpy"}
@@ -56,8 +56,9 @@ OPTIONAL = {
         "matplotlib",
         "msgpack",
         "rich",
+        "tokenizers",
     ),
-    *("transformers", "triton", "vllm"),
+    *("sglang", "transformers", "triton", "vllm"),
     *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
 }
 
