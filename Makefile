@@ -52,7 +52,7 @@ demo: core  ## the main job: measure kvmem on this machine
 bench: demo
 
 test: core  ## all tests that need no GPU, and those that do where there is one
-	@echo "All tests, in $(JOBS) processes: about 15 minutes for one core, 8 for two. \`make smoke\` takes one."
+	@echo "All tests, in $(JOBS) processes: about 40 minutes for one core, 20 for two; ARGS=\"--share 0.25\" runs a quarter of the cases. \`make smoke\` takes one."
 	$(PYTEST) $(ARGS)
 
 # One file of each kind: the public face, both backends, sharing, eviction, events, kernels, threads.

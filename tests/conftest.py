@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import sys
@@ -28,6 +29,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="repeat a run")
+    parser.addoption(
+        "--share",
+        type=float,
+        default=1.0,
+        help="run this share of the cases of each test, at least one, drawn by the seed",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +67,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(f"KVMEM_EXPECT_CORE is {expected}, but {_core.__file__} was loaded", returncode=3)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (share := config.getoption("--share")) < 1:
+        draw_share(config, items, share)
+    put_in_order(items)
+
+
+def draw_share(config: pytest.Config, items: list[pytest.Item], share: float) -> None:
+    """CI has twenty minutes for all tests under three compilers' checks, and tries other cases each time."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    drawn: set[pytest.Item] = set()
+    for name, of_test in cases.items():
+        rng = random.Random(f"{config.getoption('--seed')} {name}")
+        drawn |= set(rng.sample(of_test, math.ceil(share * len(of_test))))
+    config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
+    items[:] = [item for item in items if item in drawn]
+
+
+def put_in_order(items: list[pytest.Item]) -> None:
     """On a GPU: first the driver's rules, which are timed and want it for themselves; last the kernels, which compile."""
     order = {"test_gpu_rules": 0, "test_gpu_kernels": 2}
     items.sort(key=lambda item: order.get(item.path.stem, 1) if item.get_closest_marker("gpu") else 1)

@@ -220,6 +220,7 @@ void SequenceContents::prepare_cut(i64 handle, i64 index, i64 tokens) {
 
 // Evicts the blocks that no other sequence uses, because this one will overwrite them.
 void SequenceContents::unpublish(i64 index, Transaction& tx) {
+  const PageTable::Discarding wrong(table_);
   for (i32 node : cut_) {
     table_.unpublish(index, node, tx);
     if (index_.users(node) > 1) continue;

@@ -143,6 +143,18 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;
   virtual void check(std::vector<std::string>* out) const = 0;
 
+  // While there is one, what is evicted counts as wrong: host memory gets none of it. Its pages may be unmapped
+  // already.
+  class Discarding {
+   public:
+    explicit Discarding(PageTable& table) : table_(table) { table_.discards_ = true; }
+    ~Discarding() { table_.discards_ = false; }
+    Discarding(const Discarding&) = delete;
+    Discarding& operator=(const Discarding&) = delete;
+
+   private:
+    PageTable& table_;
+  };
   // Evicts a node and all cached nodes that continue it, the ends first.
   void evict_subtree(i32 node, Transaction& tx);
   void evict_item(Item x, Transaction& tx) {
@@ -252,7 +264,7 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   // The one hook before content is lost: called once for each loss, while the memory still holds it and the index still
   // knows it. Copies it to a host slot, if there are any. `group`: -1 for all groups.
   void demote(i32 node, i64 group, Transaction& tx) {
-    if (slots_) keep(node, group, tx);
+    if (slots_ && !discards_) keep(node, group, tx);
   }
   bool demotes() const { return slots_ != nullptr; }
   // Pushes the ops that copy the group's bytes of the node to host memory from `at` on, arena after arena.
@@ -270,7 +282,8 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   SlotContent content_of(i32 node, i64 group) const;
 
   std::shared_ptr<HostSlots> slots_;
-  i64 keeps_in_ = -1;  // the latest transaction that called keep()
+  i64 keeps_in_ = -1;      // the latest transaction that called keep()
+  bool discards_ = false;  // what is evicted counts as wrong
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,

@@ -37,17 +37,23 @@ def check_tiers(tiers: object) -> Sequence[Mapping[str, Any]]:
     return tiers
 
 
-def open_tiers(tiers: object, *, rank: str, fingerprint: bytes, block_bytes: int) -> list[Tier]:
+def open_tiers(
+    tiers: object, *, rank: str, fingerprint: bytes, block_bytes: int, read_only: bool = False
+) -> list[Tier]:
     """Return the tiers that ``check_tiers`` accepts, opened.
 
     rank: names the process, for a folder has one writer. fingerprint: of what the bytes depend on. block_bytes: the
-    largest payload. ``SpecError`` or ``TierError`` if one cannot be opened; then none stays open.
+    largest payload. read_only: only those that another process fills, to ask what they hold. ``SpecError`` or
+    ``TierError`` if one cannot be opened; then none stays open.
     """
     found: list[Tier] = []
     try:
         for tier in check_tiers(tiers):
             given = {name: value for name, value in tier.items() if name != "type"}
-            found.append(_open(tier["type"], given, rank, fingerprint, block_bytes))
+            if read_only and tier["type"] == "disk":
+                given["read_only"] = True
+            if not read_only or tier["type"] != "host":
+                found.append(_open(tier["type"], given, rank, fingerprint, block_bytes))
     except BaseException as error:
         for one in found:
             one.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from functools import cache
 from typing import Any
 
@@ -87,6 +88,8 @@ def run(engine: Scheduler, *requests: Request) -> dict[Request, str]:
                 reasons[request] = reason
         if not engine.running and not engine.waiting:
             return reasons
+        if not engine.running:
+            time.sleep(0.001)  # for a load
     raise AssertionError(f"{len(engine.running)} run and {len(engine.waiting)} wait after 10,000 steps")
 
 

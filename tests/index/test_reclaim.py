@@ -60,7 +60,8 @@ class Kept:
 @pytest.mark.parametrize("policy", ["lru", "density"])
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_host_slots_get_every_block_that_is_lost_once(name: str, backend: str, policy: str, seed: int) -> None:
-    """With memory and rows running out, trimming, forks and truncation, and calls that fail and are taken back."""
+    """With memory and rows running out, trimming, forks and truncation, and calls that fail and are taken back. What is
+    cut off counts as wrong, so host memory gets none of it."""
     options = {"device": "meta", "policy": policy, "events": 4096, "tiers": Tiers(host="1MiB")}
     leader = Calls(make(name, backend, **options), random.Random(seed))
     leader.alloc._tiering = None  # it would take the moves first
@@ -69,7 +70,7 @@ def test_host_slots_get_every_block_that_is_lost_once(name: str, backend: str, p
     while step := loop.next(seen > STEPS / 40):
         leader.step()
         lost, removed = kept.take(), told.removed(leader.alloc.events())
-        assert Counter(lost) == Counter(removed), step
+        assert Counter(lost) == (Counter() if leader.verb == "truncate" else Counter(removed)), step
         seen += len(lost)
     for handle in leader.alloc.core.handles():
         leader.sequences[handle].free()

@@ -30,10 +30,11 @@ class Calls:
         self.has_state = any(group.growth == "fixed" for group in alloc.spec.groups)
         self.ids: dict[int, list[int]] = {}  # of each live sequence, reserved tokens included
         self.sequences: dict[int, kvmem.Sequence] = {}
+        self.verb = ""  # of the latest call
 
     def step(self) -> int:
         """One call; returns how many ops it made."""
-        verb = self.rng.choice(VERBS)
+        verb = self.verb = self.rng.choice(VERBS)
         try:
             if verb in ("open", "trim", "compact"):
                 getattr(self, verb)()

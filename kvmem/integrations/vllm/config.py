@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from kvmem import SpecError
 from kvmem.arguments import check_bool, check_choice, check_number, parse_bytes
+from kvmem.integrations import tier_list
 from kvmem.tiers.base import Tier
-from kvmem.tiers.disk import DiskTier
-from kvmem.tiers.host import HostTier
-from kvmem.tiers.mooncake import MooncakeTier
-from kvmem.tiers.object_store import ObjectStoreTier
-from kvmem.tiers.redis import RedisTier
 
-__all__ = ["Options", "open_tiers"]
-
-_REMOTE: dict[str, Any] = {"redis": RedisTier, "object_store": ObjectStoreTier, "mooncake": MooncakeTier}
+__all__ = ["Options"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +44,8 @@ class Options:
         check_bool("layerwise", found.layerwise)
         check_number("deadline_seconds", found.deadline_seconds, above=0.0)
         parse_bytes("staging", found.staging)
-        if not isinstance(found.tiers, (list, tuple)):
-            raise SpecError(f"tiers: got {found.tiers!r}; must be a list of dicts")
-        for tier in found.tiers:
-            kind = tier.get("type", "") if isinstance(tier, Mapping) else ""
-            if kind not in ("host", "disk", *_REMOTE) and ":" not in str(kind):
-                raise SpecError(f"tiers: got {tier!r}; type is host, disk, {', '.join(_REMOTE)} or module:Class")
-        if sum(tier["type"] == "host" for tier in found.tiers) > 1:
-            raise SpecError("tiers: two of type host; one process has one")
+        if found.tiers not in ((), []):
+            tier_list.check_tiers(found.tiers)
         return found
 
     @property
@@ -70,43 +56,10 @@ class Options:
     def has_shared(self) -> bool:
         return any(tier["type"] != "host" for tier in self.tiers)
 
-
-def open_tiers(options: Options, rank: int, fingerprint: bytes, block_bytes: int, *, looks: bool = False) -> list[Tier]:
-    """Return the tiers of a rank. looks: only those that another process fills, to ask what they hold.
-
-    ``SpecError`` or ``TierError`` if one cannot be opened.
-    """
-    found: list[Tier] = []
-    try:
-        for tier in options.tiers:
-            given = {name: value for name, value in tier.items() if name != "type"}
-            if tier["type"] != "host" or not looks:
-                found.append(_open(tier["type"], given, rank, fingerprint, block_bytes, looks))
-    except TypeError as e:
-        raise SpecError(f"tiers: {tier!r}: {e}") from e
-    finally:
-        if len(found) < len(options.tiers) - (looks and options.has_host):
-            for one in found:
-                one.close()
-    return found
-
-
-def _open(kind: str, given: dict[str, Any], rank: int, fingerprint: bytes, block_bytes: int, looks: bool) -> Tier:
-    if kind == "host":
-        return HostTier(block_bytes=block_bytes, **given)
-    if kind == "disk":  # a folder has one writer
-        given["path"] = os.path.join(given["path"], f"rank-{rank}") if "path" in given else ""
-        if looks:
-            given = {"path": given["path"], "read_only": True}
-        return DiskTier(block_bytes=block_bytes, fingerprint=fingerprint, **given)
-    if kind in _REMOTE:
-        made: Tier = _REMOTE[kind](**given)
-        return made
-    module, _, name = kind.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), name)(**given)
-    except (ImportError, AttributeError) as e:
-        raise SpecError(f"tiers: {kind}: {e}") from e
-    if not isinstance(made, Tier):
-        raise SpecError(f"tiers: {kind} is no kvmem.tiers.Tier")
-    return made
+    def open_tiers(self, rank: int, fingerprint: bytes, block_bytes: int, *, read_only: bool = False) -> list[Tier]:
+        """Return the tiers of a rank; as ``tier_list.open_tiers``."""
+        if not self.tiers:
+            return []
+        return tier_list.open_tiers(
+            self.tiers, rank=f"rank-{rank}", fingerprint=fingerprint, block_bytes=block_bytes, read_only=read_only
+        )

@@ -18,7 +18,7 @@ from kvmem import SpecError
 from kvmem.arguments import parse_bytes
 from kvmem.integrations.vllm import names
 from kvmem.integrations.vllm.blocks import Report, Step, groups_of, ranks_of
-from kvmem.integrations.vllm.config import Options, open_tiers
+from kvmem.integrations.vllm.config import Options
 from kvmem.integrations.vllm.memory import lazy_memory
 from kvmem.integrations.vllm.planner import Planner
 from kvmem.integrations.vllm.transfers import Transfers
@@ -111,7 +111,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         keys = BlockKeys(b"kvmem vllm", gcd(*(group.block_size for group in self._groups)))
 
         def shared(rank: int) -> Sequence[Any]:
-            return open_tiers(self._options, rank, self._ranks[rank], self._block_bytes, looks=True)
+            return self._options.open_tiers(rank, self._ranks[rank], self._block_bytes, read_only=True)
 
         return Planner(
             self._groups,
@@ -127,7 +127,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return Transfers(
             self._groups,
             self._ranks[rank],
-            open_tiers(self._options, rank, self._ranks[rank], self._block_bytes),
+            self._options.open_tiers(rank, self._ranks[rank], self._block_bytes),
             staging_bytes=parse_bytes("staging", self._options.staging),
             deadline_seconds=self._options.deadline_seconds,
             memory=self._memory,

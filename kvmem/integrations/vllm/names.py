@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, get_origin, get_type_hints
 
 from kvmem.errors import SpecError
+from kvmem.integrations.names import missing_arguments, missing_names
 
 __all__ = [
     "SCHEDULER",
@@ -56,24 +57,6 @@ def vllm_version() -> str:
         raise SpecError(f"vllm: not installed, or not importable ({error}); {INSTALL}") from error
 
 
-def missing_names(names: Iterable[str]) -> list[str]:
-    """Return those of ``names`` (module:name or module:class.attribute) that the installed packages do not have."""
-    return [name for name in names if not _has(name)]
-
-
-def _has(name: str) -> bool:
-    module, _, path = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError:
-        return False
-    for part in path.split("."):
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
-    return True
-
-
 def called_on(owner: type, attribute: str) -> set[str]:
     """Return the names that the methods of ``owner`` read from ``self.<attribute>``, as "name" or "name.name".
 
@@ -111,11 +94,6 @@ def offers(owner: type, name: str) -> bool:
     if not hasattr(owner, first) and kind is None:
         return False
     return not rest or kind in (None, Any) or offers(get_origin(kind) or kind, rest)
-
-
-def missing_arguments(theirs: Any, ours: Any) -> list[str]:
-    """Return the arguments of ``theirs``, a function of vLLM's, that ``ours``, in its place, does not take."""
-    return [name for name in inspect.signature(theirs).parameters if name not in inspect.signature(ours).parameters]
 
 
 def check_names(part: str, names: Iterable[str], *, unknown: Iterable[str] = ()) -> None:

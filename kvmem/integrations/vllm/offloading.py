@@ -15,8 +15,8 @@ import torch
 
 from kvmem import SpecError
 from kvmem.arguments import parse_bytes
+from kvmem.integrations.background import Background
 from kvmem.integrations.vllm import names
-from kvmem.integrations.vllm.background import Background
 from kvmem.integrations.vllm.density import EvictionOrder
 from kvmem.integrations.vllm.memory import Reservation
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from kvmem.errors import KVMemError
-from kvmem.integrations.vllm.background import Background
+from kvmem.integrations.background import Background
 from kvmem.integrations.vllm.blocks import Block, Chain, Group, Load, Name, Report, Step, chain_of, tier_key, unit_of
 from kvmem.tiers.base import Tier
 from kvmem.tiers.fault_log import FaultLog

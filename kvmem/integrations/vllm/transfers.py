@@ -18,7 +18,7 @@ import torch
 
 from kvmem.arguments import format_bytes
 from kvmem.errors import KVMemError, SpecError
-from kvmem.integrations.vllm.background import Background
+from kvmem.integrations.background import Background
 from kvmem.integrations.vllm.blocks import Block, Group, Load, Name, Report, Step, storage_of, tier_key
 from kvmem.integrations.vllm.memory import LazyMemory
 from kvmem.tiers.base import Result, Status, Tier

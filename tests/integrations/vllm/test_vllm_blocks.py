@@ -12,7 +12,7 @@ import torch
 
 from kvmem import SpecError
 from kvmem.integrations.vllm.blocks import Report, chain_of, groups_of, ranks_of, storage_of, tier_key
-from kvmem.integrations.vllm.config import Options, open_tiers
+from kvmem.integrations.vllm.config import Options
 from kvmem.tiers.keys import BlockKeys
 
 KEYS = BlockKeys(b"test", 4)
@@ -186,8 +186,8 @@ def test_options_that_are_wrong(given: dict[str, Any], complaint: str) -> None:
 def test_tiers_are_opened_by_type(tmp_path: Any) -> None:
     disk = {"type": "disk", "path": str(tmp_path), "capacity": "1MiB"}
     options = Options.of({"tiers": [{"type": "host", "capacity": "1MiB"}, disk]})
-    writers = open_tiers(options, 1, b"f" * 32, 1000)
-    (reader,) = open_tiers(options, 1, b"f" * 32, 1000, looks=True)
+    writers = options.open_tiers(1, b"f" * 32, 1000)
+    (reader,) = options.open_tiers(1, b"f" * 32, 1000, read_only=True)
     assert [tier.name for tier in (*writers, reader)] == ["host", "disk", "disk"] and (tmp_path / "rank-1").is_dir()
     writers[1].put([b"k" * 32], [memoryview(b"x" * 10)])
     until = time.monotonic() + 10
@@ -204,7 +204,7 @@ def test_tiers_are_opened_by_type(tmp_path: Any) -> None:
         ({"type": "collections:OrderedDict"}, "is no kvmem.tiers.Tier"),
     ):
         with pytest.raises(SpecError, match=complaint):
-            open_tiers(Options.of({"tiers": [wrong]}), 0, b"f" * 32, 1000)
+            Options.of({"tiers": [wrong]}).open_tiers(0, b"f" * 32, 1000)
 
 
 def test_reports_of_ranks_are_added() -> None:
