@@ -184,6 +184,8 @@ def _over(backend: Backend, case: _Case, data: _Data) -> tuple[Step, Step]:
 
 def _vllm(library: Path, case: _Case, data: _Data) -> Step:
     """vLLM's paged kernel for CPUs over blocks in its own order, which its own writer fills."""
+    if not library.is_file():  # also where the process has loaded another one
+        raise BenchError(f"--vllm-library {library}: no such file")
     if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
         try:
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
