@@ -51,6 +51,7 @@ class TierSuite:
     ``LARGEST`` bytes. The fixture closes what it opened."""
 
     bounded = True  # never holds more than num_blocks, and refuses a payload above LARGEST; a remote store may not
+    overhead_bytes = 0  # by which what it says it uses may differ between two answers
     steps = 10_000 if LONG else 400  # of a random walk; half as many for each thread
 
     def test_empty(self, make: Callable[..., Tier]) -> None:
@@ -152,7 +153,7 @@ class TierSuite:
         assert seen.num_blocks == 5 and seen.used_bytes >= 5 * 4000
         assert seen.total_bytes is None or seen.used_bytes <= seen.total_bytes
         tier.delete([key_of(n) for n in range(4)])
-        assert tier.capacity().num_blocks == 1 and 4000 <= tier.capacity().used_bytes < seen.used_bytes
+        assert tier.capacity().num_blocks == 1 and 4000 <= tier.capacity().used_bytes < seen.used_bytes + self.overhead_bytes
 
     def test_more_than_fits(self, make: Callable[..., Tier]) -> None:
         """Each put is answered, the tier stays within its bounds, and what it still has is right."""
