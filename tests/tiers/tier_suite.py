@@ -153,7 +153,10 @@ class TierSuite:
         assert seen.num_blocks == 5 and seen.used_bytes >= 5 * 4000
         assert seen.total_bytes is None or seen.used_bytes <= seen.total_bytes
         tier.delete([key_of(n) for n in range(4)])
-        assert tier.capacity().num_blocks == 1 and 4000 <= tier.capacity().used_bytes < seen.used_bytes + self.overhead_bytes
+        assert (
+            tier.capacity().num_blocks == 1
+            and 4000 <= tier.capacity().used_bytes < seen.used_bytes + self.overhead_bytes
+        )
 
     def test_more_than_fits(self, make: Callable[..., Tier]) -> None:
         """Each put is answered, the tier stays within its bounds, and what it still has is right."""
