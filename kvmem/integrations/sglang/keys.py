@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 
 from kvmem.errors import SpecError
 
-__all__ = ["PageKeys", "Rank", "fingerprint", "weights_name"]
+__all__ = ["PageKeys", "Rank", "fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,6 @@ class Rank:
 
     def __str__(self) -> str:
         return "tp{}of{}-pp{}of{}-cp{}of{}".format(*astuple(self))
-
-
-def weights_name(path: str, revision: str | None) -> str:
-    """Return a name of the weights: ``path@revision``, and of a folder also its files with their sizes and times."""
-    name = f"{path}@{revision}"
-    if os.path.isdir(path):
-        with os.scandir(path) as entries:
-            files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
-        name += json.dumps(files)
-    return name
 
 
 def fingerprint(*parts: object) -> bytes:

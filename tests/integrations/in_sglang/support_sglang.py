@@ -26,7 +26,7 @@ PAGE, LAYERS, HEADS, WIDTH = 4, 3, 2, 8
 def need_sglang() -> None:
     """Skip the calling module unless SGLang is installed."""
     try:
-        importlib.metadata.version("sglang")  # this folder looks like a package of that name to find_spec()
+        importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         reason = f"SGLang {VERSION} is not installed; `make test-sglang` installs it in a folder and runs these"
         pytest.skip(reason, allow_module_level=True)

@@ -13,10 +13,11 @@ from support_sglang import DictTier, open_store
 
 from kvmem.errors import SpecError, TierError
 from kvmem.integrations.names import missing_arguments, missing_names
-from kvmem.integrations.sglang.keys import PageKeys, Rank, fingerprint, weights_name
+from kvmem.integrations.sglang.keys import PageKeys, Rank, fingerprint
 from kvmem.integrations.sglang.names import LINKER, STORAGE, check_names
 from kvmem.integrations.sglang.pages import PoolPages
 from kvmem.integrations.tier_list import open_tiers
+from kvmem.integrations.weights import weights_name
 from kvmem.tiers.base import Result, Status
 from kvmem.tiers.disk import DiskTier
 from kvmem.tiers.host import HostTier

