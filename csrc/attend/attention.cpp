@@ -48,11 +48,21 @@ std::atomic<AttentionKernel>& chosen_kernel() {
   return chosen;
 }
 
-float value_of(Element element, const unsigned char* at) {
-  u32 bits = 0;
-  std::memcpy(&bits, at, static_cast<size_t>(bytes_of(element)));
-  if (element == Element::f32) return as_float(bits);
-  return element == Element::f16 ? Half::get(static_cast<u16>(bits)) : Bfloat::get(static_cast<u16>(bits));
+template <class Format>
+void scale_halves(const unsigned char* from, i64 count, float scale, float* to) {
+  for (i64 i = 0; i < count; ++i) {
+    u16 bits;
+    std::memcpy(&bits, from + 2 * i, sizeof(bits));
+    to[i] = scale * Format::get(bits);
+  }
+}
+
+// to[i] = scale * element i.
+void scale_elements(Element element, const unsigned char* from, i64 count, float scale, float* to) {
+  if (element == Element::bf16) return scale_halves<Bfloat>(from, count, scale, to);
+  if (element == Element::f16) return scale_halves<Half>(from, count, scale, to);
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+  for (i64 i = 0; i < count; ++i) to[i] *= scale;
 }
 
 // The nearest bfloat16 or fp16, ties to even.
@@ -115,9 +125,7 @@ class Run {
     for (i64 row = 0; row < rows; ++row) {
       const unsigned char* from = call_.q.data + place(call_.q, unit, row);
       float* to = s.q.data() + row * width_;
-      for (i64 i = 0; i < shape_.width; ++i) {
-        to[i] = shape_.scale * value_of(shape_.query, from + i * bytes_of(shape_.query));
-      }
+      scale_elements(shape_.query, from, shape_.width, shape_.scale, to);
       std::fill(to + shape_.width, to + width_, 0.0f);
     }
     const i64 begin = unit.begin + part * plan_.part_tokens();

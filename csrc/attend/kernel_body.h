@@ -13,6 +13,7 @@
 
 constexpr i64 kWeighedTokens = 16;  // tokens whose V is read before that of the next head
 constexpr i64 kAheadTokens = 16;    // of the next tile, whose addresses are known
+constexpr i64 kPageBytes = 4096;    // of memory, as processors' prefetchers see it
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 using Register = Vector::Register;
@@ -210,6 +211,20 @@ KVMEM_SIMD void to_weights(float* scores, i64 low, i64 high, float soft_cap, flo
   for (int i = 0; i < Vector::kLanes; ++i) *sum += each[i];
 }
 
+// Asks for one of `parts` equal shares of `count` tokens, each with `parts` heads of `width` from `head` on, in the
+// order of memory. The kernel itself reads a head of several tokens, then the next head: where a page holds more than
+// one token, processors that follow one stream for each page do not recognise that.
+template <class E>
+KVMEM_SIMD void prefetch_share(E, const unsigned char* const* tokens, i64 count, i64 part, i64 parts, i64 head,
+                               i64 width) {
+  const i64 bytes = parts * width * E::kBytes, share = count * width * E::kBytes;
+  i64 token = part * share / bytes, at = part * share % bytes;
+  for (i64 end = share; end > 0; end -= 64, at += 64) {
+    if (at >= bytes) at -= bytes, ++token;
+    __builtin_prefetch(tokens[token] + head + at);
+  }
+}
+
 template <class E>
 KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionScratch& s) {
   const AttentionShape& shape = task.plan.shape();
@@ -218,6 +233,7 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
   const i64 rows = shape.query_heads / shape.heads * unit.queries;  // of a head
   const i32* blocks = task.plan.blocks().data() + unit.first_block;
   const i64 block_size = task.plan.block_size();
+  const bool shares = rows == 1 && k.token < kPageBytes;
   // Behind the last token stands the last again: its scores are not used, and nothing else may be touched.
   const unsigned char *k_at[kTileTokens + kAheadTokens], *v_at[kTileTokens + kAheadTokens];
   for (i64 first = task.begin; first < task.end; first += kTileTokens) {
@@ -227,8 +243,14 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
       const i64 block = blocks[quotient(token, block_size)], offset = remainder(token, block_size);
       k_at[t] = k.data + block * k.block + offset * k.token, v_at[t] = v.data + block * v.block + offset * v.token;
     }
+    if (shares) {  // what is read next: V after K, and the next tile's K after V
+      std::swap_ranges(v_at + kTileTokens, v_at + kTileTokens + kAheadTokens, k_at + kTileTokens);
+      std::copy_n(v_at, kAheadTokens, k_at + kTileTokens);
+    }
     for (i64 t = 0; t < tokens; t += Vector::kSums) {
+      const unsigned char* const* const ahead = k_at + t + kAheadTokens;
       for (i64 h = 0; h < unit.heads; ++h) {
+        if (shares) prefetch_share(stored, ahead, Vector::kSums, h, unit.heads, unit.head * k.head, shape.width);
         score_rows(stored, s, h * rows, rows, k_at + t, (unit.head + h) * k.head, shape.width, t);
       }
     }
@@ -241,7 +263,9 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
                  s.out.data() + row * s.value_width, s.value_width);
     }
     for (i64 t = 0; t < tokens; t += kWeighedTokens) {
+      const unsigned char* const* const ahead = v_at + t + kAheadTokens;
       for (i64 h = 0; h < unit.heads; ++h) {
+        if (shares) prefetch_share(stored, ahead, kWeighedTokens, h, unit.heads, unit.head * v.head, shape.value_width);
         weigh_rows(stored, s, h * rows, rows, v_at + t, (unit.head + h) * v.head, shape.value_width, t,
                    std::min(kWeighedTokens, tokens - t));
       }
