@@ -75,6 +75,7 @@ class FaultyTier(Tier):
             if what == "raises":
                 raise ConnectionError("the store is gone")
             if what == "short":
+                buffer[-1] ^= 0xFF
                 results[i] = Result(Status.OK, len(buffer) - 1)
             elif what:
                 buffer[:] = b"\xee" * len(buffer)
