@@ -20,7 +20,7 @@ from typing import Any
 
 from disk_processes import KillingFiles, outcome
 from disk_support import capacity_of
-from issue_world import PATIENT, words
+from issue_world import PATIENT, FaultyTier, key_of, words
 from tier_world import PAGE, SPECS, World, make
 
 from kvmem.tiers import Identity, Tier, largest_block_bytes
@@ -45,12 +45,12 @@ def redis(port: int, name: str) -> Tier:
 
 
 def kill_in_send(step: int) -> None:
-    """The ``step``-th message to a server ends in its middle, and with it this process."""
+    """The ``step``-th message that stores something ends in its middle, and with it this process."""
     left, whole = step, socket.socket.sendall
 
     def sendall(sock: socket.socket, data: Any, *flags: int) -> None:
         nonlocal left
-        left -= 1
+        left -= b"SET\r\n" in bytes(data)
         if left == 0:
             whole(sock, memoryview(data)[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
@@ -87,13 +87,14 @@ def go_on(backend: str, reading: Callable[[], Tier], writing: Callable[[], Tier]
     reader.close()
     tier = writing()
     world = World(make("full", backend, lower=[tier], **OPTIONS))
-    for _ in range(3):  # the first new blocks may take the place of what the other had stored of these texts
-        for text in TEXTS:
-            world.run(text, load="all")
-            world.alloc.store(text)
-        assert world.alloc.flush(PATIENT)
-        world.alloc.clear_cache()
-        assert world.alloc.flush(PATIENT)
+    if isinstance(tier, DiskTier):  # which is full: new blocks could take the place of what these texts have there
+        tier.delete([key_of(world.alloc, text, block) for text in TEXTS for block in range(10)])
+    for text in TEXTS:
+        world.run(text, load="all")
+        world.alloc.store(text)
+    assert world.alloc.flush(PATIENT)
+    world.alloc.clear_cache()
+    assert world.alloc.flush(PATIENT)
     found = [world.run(text, load="all") for text in TEXTS]
     assert found == [40] * 3, f"some of the store is lost: {found}"
     world.alloc.close()
@@ -151,10 +152,15 @@ def of_disk(folder: str, kills: int, seed: int, backend: str) -> int:
 
 def of_redis(port: int, kills: int, seed: int, backend: str) -> int:
     def dying(name: str, rng: random.Random) -> Tier:
-        kill_in_send(rng.randint(2, 12))
+        kill_in_send(rng.randint(1, 4))
         return redis(port, name)
 
-    return rounds(backend, seed, kills, lambda n: redis(port, n), lambda n: redis(port, n), dying)
+    def reading(name: str) -> Tier:
+        tier = FaultyTier(redis(port, name))
+        tier.arm("put", "full", 0)  # what the texts have there is of the one that dies
+        return tier
+
+    return rounds(backend, seed, kills, reading, lambda name: redis(port, name), dying)
 
 
 if __name__ == "__main__":
