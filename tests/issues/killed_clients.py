@@ -44,15 +44,15 @@ def redis(port: int, name: str) -> Tier:
     return RedisTier(f"redis://127.0.0.1:{port}/0", namespace=name, timeout_seconds=PATIENT)
 
 
-def kill_in_send(step: int) -> None:
-    """The ``step``-th message that stores something ends in its middle, and with it this process."""
+def kill_in_send(step: int, rng: random.Random) -> None:
+    """The ``step``-th message that stores something ends within, and with it this process."""
     left, whole = step, socket.socket.sendall
 
     def sendall(sock: socket.socket, data: Any, *flags: int) -> None:
         nonlocal left
         left -= b"SET\r\n" in bytes(data)
         if left == 0:
-            whole(sock, memoryview(data)[: len(data) // 2])
+            whole(sock, memoryview(data)[: rng.randrange(len(data))])
             os.kill(os.getpid(), signal.SIGKILL)
         whole(sock, data, *flags)
 
@@ -152,7 +152,7 @@ def of_disk(folder: str, kills: int, seed: int, backend: str) -> int:
 
 def of_redis(port: int, kills: int, seed: int, backend: str) -> int:
     def dying(name: str, rng: random.Random) -> Tier:
-        kill_in_send(rng.randint(1, 4))
+        kill_in_send(rng.randint(1, 4), rng)
         return redis(port, name)
 
     def reading(name: str) -> Tier:
