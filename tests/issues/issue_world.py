@@ -107,7 +107,9 @@ class Case(World):
         if place != "slots":
             self.tier = FaultyTier(open_tier(place, name, folder, blocks))
             lower.append(self.tier)
-        super().__init__(make(name, backend, lower=lower, **{"host_blocks": 40, "max_tokens": 128, "debug": False} | options))
+        super().__init__(
+            make(name, backend, lower=lower, **{"host_blocks": 40, "max_tokens": 128, "debug": False} | options)
+        )
 
     def leave_below(self) -> None:
         """Take from the device, and from host slots if there is a tier below them, all that is cached."""

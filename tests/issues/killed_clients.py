@@ -15,7 +15,8 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from disk_processes import KillingFiles, outcome
@@ -59,8 +60,9 @@ def kill_in_send(step: int, rng: random.Random) -> None:
     socket.socket.sendall = sendall  # type: ignore[method-assign, assignment]
 
 
-def store_until_killed(backend: str, tier: Tier, rng: random.Random) -> None:
-    world = World(make("full", backend, lower=[tier], **OPTIONS))
+def die(backend: str, dying: Callable[[], Tier], rng: random.Random) -> None:
+    """Store until killed."""
+    world = World(make("full", backend, lower=[dying()], **OPTIONS))
     for number in range(10_000):
         text = TEXTS[number] if number < 3 else words(41, rng.randrange(100, 10**6))
         world.run(text, load="all")
@@ -76,10 +78,8 @@ def go_on(backend: str, reading: Callable[[], Tier], writing: Callable[[], Tier]
     os.set_blocking(killed, False)
     gone = False
     while not gone:
-        try:
+        with suppress(BlockingIOError):
             gone = os.read(killed, 1) == b""
-        except BlockingIOError:
-            pass
         for text in TEXTS:
             world.run(text, load="all")
             world.alloc.clear_cache()
@@ -124,9 +124,10 @@ def rounds(
     for n in range(kills):
         name, rng = f"{backend}-{n}", random.Random(f"{seed} {backend} {n}")
         (wait, ready), (killed, alive) = os.pipe(), os.pipe()
-        other = fork(lambda name=name: go_on(backend, lambda: reading(name), lambda: writing(name), ready, killed), alive)  # type: ignore[misc]  # fmt: skip
+        read, write_to = partial(reading, name), partial(writing, name)
+        other = fork(partial(go_on, backend, read, write_to, ready, killed), alive)
         assert os.read(wait, 1) == b"r"
-        dies = fork(lambda name=name, rng=rng: store_until_killed(backend, dying(name, rng), rng), killed)  # type: ignore[misc]
+        dies = fork(partial(die, backend, partial(dying, name, rng), rng), killed)
         os.close(alive)
         _, status = os.waitpid(dies, 0)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status

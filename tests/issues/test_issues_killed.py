@@ -38,9 +38,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("store", ["disk", "redis"])
-def test_a_client_that_is_killed_while_it_stores(
-    store: str, backend: str, outcomes: dict[str, Any], seed: int
-) -> None:
+def test_a_client_that_is_killed_while_it_stores(store: str, backend: str, outcomes: dict[str, Any], seed: int) -> None:
     """LMCache#4676: a client died in a store, the server deadlocked, and its memory never came back. Here a client is
     killed with a record half written: the other goes on with right bytes, and every byte of the store serves again."""
     if store == "redis" and not HAS_REDIS:

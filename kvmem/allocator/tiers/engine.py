@@ -55,8 +55,8 @@ class Tiering:
 
     core: an allocator's, with host slots opened and a queue of moves. layouts: by group. counts: of slots by group.
     tiers: below the host, the fastest first. block_size: tokens of a block of the index.
-    write, admit, deadline_seconds: as in ``Tiers``. Three quarters of all blocks are never read again, so ``"second_use"`` saves most of
-        a disk's writes.
+    write, admit, deadline_seconds: as in ``Tiers``. Three quarters of all blocks are never read again, so
+        ``"second_use"`` saves most of a disk's writes.
     """
 
     def __init__(

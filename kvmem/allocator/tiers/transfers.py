@@ -89,9 +89,7 @@ class Transfers:
     deadline_seconds: the longest that a load is waited for, by ``clock``.
     """
 
-    def __init__(
-        self, tiering: Tiering, deadline_seconds: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, tiering: Tiering, deadline_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.tiering, self.deadline_seconds, self.clock = tiering, deadline_seconds, clock
         self._lock = threading.Lock()
         self._threads: dict[str, ThreadPoolExecutor] = {}
