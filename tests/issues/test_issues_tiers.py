@@ -18,8 +18,6 @@ import kvmem
 from kvmem.plan import Clock
 from kvmem.tiers import Status
 
-pytestmark = pytest.mark.core
-
 TEXT, OTHER = words(98), words(98, 2)
 WHOLE = 96  # tokens of its whole blocks of 4
 BIG: dict[str, Any] = {"memory": 400 * 4096, "max_tokens": 1300}
@@ -52,6 +50,7 @@ def test_a_copy_that_failed_is_never_a_hit(place: str, backend: str, tmp_path: P
             assert here.run(TEXT, load="all") == WHOLE, (stage, what)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("verb", ["store", "load"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_copy_of_the_device_that_failed_is_never_a_hit(place: str, verb: str, backend: str, tmp_path: Path) -> None:
@@ -105,6 +104,7 @@ def test_matches_of_any_number_of_chunks_are_right_to_the_end(
                     here.check(seq, text)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("end", ["close", "free", "cancel", "clear", "evict"])
 def test_memory_that_a_load_writes_into_stays_its_own(
     end: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -267,6 +267,7 @@ def test_what_is_evicted_between_the_parts_of_a_store(place: str, backend: str, 
             here.leave_below()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["full", "window", "sizes"])
 def test_a_batch_skips_blocks_whose_slots_are_not_theirs_any_more(name: str, backend: str, tmp_path: Path) -> None:
     """Mooncake#4239: a batch read ignored that the lease of an object was over. Here a slot has a generation: what was
