@@ -157,7 +157,7 @@ def test_memory_that_a_load_writes_into_stays_its_own(
         assert here.run(TEXT, load="all") == WHOLE
 
 
-@pytest.mark.parametrize("what", ["raises", "failed", "corrupt", "miss"])
+@pytest.mark.parametrize("what", ["raises", "failed", "miss"])
 @pytest.mark.parametrize("place", LOWER)
 def test_a_key_that_fails_is_asked_once_a_request(place: str, what: str, backend: str, tmp_path: Path) -> None:
     """vllm#49176: after one failed load of a tier a request was tried again for ever, since the lookup went on to
@@ -166,7 +166,7 @@ def test_a_key_that_fails_is_asked_once_a_request(place: str, what: str, backend
         here.put_down(TEXT)
         bad = key_of(here.alloc, TEXT, 17)
         here.tier.broken[bad] = what
-        for n in range(1, 4):
+        for n in (1, 2):
             here.leave_below()
             with here.alloc.sequence(TEXT, load="all") as seq:
                 assert seq.wait(PATIENT)
