@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvmem.arguments import check_choice
+from kvmem.arguments import check_choice, check_number
 from kvmem.errors import SpecError
 from kvmem.tiers.base import Tier
 from kvmem.tiers.keys import Identity
@@ -26,6 +26,8 @@ class Tiers:
         ``"back"``, when host memory runs short (fewer writes, but a restart finds less).
     admit: which blocks are written: ``"always"``, or ``"second_use"``, those that come to host memory a second time.
     policy: which block leaves host memory first, by name, as for ``Allocator(policy=)``.
+    deadline_seconds: the longest that a load from lower tiers is waited for, whatever they do. What has arrived by then
+        is used, and the rest is computed.
     """
 
     host: int | str
@@ -34,10 +36,12 @@ class Tiers:
     write: Literal["through", "back"] = "through"
     admit: Literal["always", "second_use"] = "always"
     policy: str = "density"
+    deadline_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         check_choice("write", self.write, ("through", "back"))
         check_choice("admit", self.admit, ("always", "second_use"))
+        check_number("deadline_seconds", self.deadline_seconds, above=0.0)
         if not isinstance(self.lower, (list, tuple)) or not all(isinstance(tier, Tier) for tier in self.lower):
             raise SpecError(f"lower: got {self.lower!r}; must be a list of tiers")
         if self.identity is not None and not isinstance(self.identity, Identity):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCHING = "kvmem/integrations/transformers/batching"
 NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near", "distributed", "transport"]  # counted apart, as are
 OURS = [*NEXT, "integrations/vllm", "integrations/sglang"]  # of kvmem,
-TESTS = [*NEXT, "integrations/in_vllm", "integrations/in_sglang", "engine"]  # and of the tests
+TESTS = [*NEXT, "integrations/in_vllm", "integrations/in_sglang", "engine", "issues"]  # and of the tests
 PARTS = [
     ("csrc without bindings and attend", ["csrc"], ["csrc/bindings", "csrc/attend"], 21_215),
     ("csrc/attend", ["csrc/attend"], [], 1_130),
@@ -28,12 +28,12 @@ PARTS = [
         "kvmem without the next parts",
         ["kvmem"],
         [*(f"kvmem/{part}" for part in OURS), "kvmem/bench", "kvmem/allocator/prefetch", BATCHING],
-        12_350,
+        12_385,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 1_670),
     ("kvmem/selectors", ["kvmem/selectors"], [], 745),
-    ("kvmem/tiers", ["kvmem/tiers"], [], 2_695),
+    ("kvmem/tiers", ["kvmem/tiers"], [], 2_700),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
     ("kvmem/near", ["kvmem/near"], [], 1_500),
@@ -57,6 +57,7 @@ PARTS = [
     ("tests/integrations/in_vllm", ["tests/integrations/in_vllm"], [], 2_400),
     ("tests/integrations/in_sglang", ["tests/integrations/in_sglang"], [], 1_390),
     ("tests/engine", ["tests/engine"], [], 760),
+    ("tests/issues", ["tests/issues"], [], 955),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 15
 # Each has its reason in docs/decisions.md, "Sizes".

@@ -92,6 +92,7 @@ def test_refusals(backend: str) -> None:
         ({"host": "1MiB", "write": "around"}, "write: got 'around'"),
         ({"host": "1MiB", "admit": "never"}, "admit: got 'never'"),
         ({"host": "1MiB", "policy": "random"}, "random"),
+        ({"host": "1MiB", "deadline_seconds": 0}, "deadline_seconds: got 0; must be a number above 0"),
     ]:
         with pytest.raises(kvmem.SpecError, match=words):
             kvmem.Allocator(spec, tiers=Tiers(**options), **sizes)  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ def make(
     }
     if "pool" in options:  # which has the memory
         del sizes["memory"], sizes["page_bytes"]
-    tiers = {k: options.pop(k) for k in ("write", "admit", "policy") if k in options}
+    tiers = {k: options.pop(k) for k in ("write", "admit", "policy", "deadline_seconds") if k in options}
     model = options.pop("model", "toy")
     probe = kvmem.Allocator(
         spec, backend=backend, **{**sizes, **options, "debug": False} | ({} if "pool" in options else {"driver": None})

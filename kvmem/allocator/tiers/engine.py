@@ -55,8 +55,8 @@ class Tiering:
 
     core: an allocator's, with host slots opened and a queue of moves. layouts: by group. counts: of slots by group.
     tiers: below the host, the fastest first. block_size: tokens of a block of the index.
-    write, admit: as in ``Tiers``. Three quarters of all blocks are never read again, so ``"second_use"`` saves most of
-        a disk's writes.
+    write, admit, deadline_seconds: as in ``Tiers``. Three quarters of all blocks are never read again, so
+        ``"second_use"`` saves most of a disk's writes.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Tiering:
         block_size: int,
         write: str,
         admit: str,
+        deadline_seconds: float,
     ) -> None:
         self.core, self.tiers, self.counts, self.layouts = core, tuple(tiers), list(counts), tuple(layouts)
         self.block_keys = BlockKeys(fingerprint, block_size)
@@ -94,7 +95,7 @@ class Tiering:
         self._seen: Counter[tuple[int, bytes]] = Counter()  # how often a block came to a slot, the oldest first
         self.leaving: set[Block] = set()  # on their way to a lower tier
         self.events: TierEvents | None = None
-        self.transfers = Transfers(self)
+        self.transfers = Transfers(self, deadline_seconds)
 
     # --- what lies where ---
 
@@ -389,4 +390,5 @@ def open_tiers(
         block_size=size,
         write=tiers.write,
         admit=tiers.admit,
+        deadline_seconds=tiers.deadline_seconds,
     )

@@ -80,7 +80,7 @@ class Load:
     def __init__(self, engine: Transfers, arrivals: Arrivals) -> None:
         self._engine, self._to_device = engine, arrivals.to_device
         self.prompt, self.num_blocks, self.num_reached = arrivals.prompt, arrivals.prompt.num_blocks, 0
-        self._finished = False
+        self._finished, self._until = False, engine.clock() + engine.deadline_seconds
         self.cancelled, self.starved = arrivals.cancelled, arrivals.starved
         self.future: Future[None] | None = None
         self._arrivals = arrivals
@@ -98,24 +98,35 @@ class Load:
         return "" if self._arrivals is None else self._arrivals.reason
 
     def advance(self) -> bool:
-        """Copy to the device what has arrived, if all has or if host slots are short. Return whether the load is done.
+        """Copy to the device what has arrived, if all has, if host slots are short, or if the deadline is over. Return
+        whether the load is done.
 
         Must be called until then: nothing else changes the device's memory. Never waits. Cost: the copies.
         """
         if self._finished:
             return True
         arrived = self.future is None or self.future.done()
-        if not arrived and not self.starved.is_set():
+        late = not arrived and self._engine.clock() >= self._until
+        if not (arrived or late or self.starved.is_set()):
             return False
         if self._to_device and not self.cancelled.is_set():
             self.num_reached = self._engine.tiering.promote(self.prompt)
         self._let_go()
-        if arrived and not self._finished:
+        if (arrived or late) and not self._finished:
             if not self._to_device and not self.cancelled.is_set():
                 located = self._engine.tiering.locate(self.prompt)
                 self.num_reached = self._engine.tiering.reach(self.num_blocks, located.has)
+            if late:
+                self._give_up()
             self._finished = True
-        return arrived
+        return arrived or late
+
+    def _give_up(self) -> None:
+        """Leave a tier that does not answer alone: its thread ends with the answer, which nobody waits for."""
+        if self._arrivals is not None:
+            self._arrivals.reason = f"no answer within {self._engine.deadline_seconds:g} s"
+        self._engine.count_late(self.reason)
+        self.cancel()
 
     def done(self) -> bool:
         """Return whether the load has ended; the same as ``advance()``."""

@@ -84,10 +84,13 @@ class _Write:
 
 
 class Transfers:
-    """The engine of one ``Tiering``, whose lock it never holds while a tier works."""
+    """The engine of one ``Tiering``, whose lock it never holds while a tier works.
 
-    def __init__(self, tiering: Tiering) -> None:
-        self.tiering = tiering
+    deadline_seconds: the longest that a load is waited for, by ``clock``.
+    """
+
+    def __init__(self, tiering: Tiering, deadline_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.tiering, self.deadline_seconds, self.clock = tiering, deadline_seconds, clock
         self._lock = threading.Lock()
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._writes: set[_Write] = set()  # under way
@@ -314,6 +317,11 @@ class Transfers:
             self.tiering.counters[f"{tier.name}: {verb if result.ok else result.status.value}"] += 1
             if not result.ok and result.status is not Status.MISS:
                 self._log.warn(tier.name, f"{tier.name}: {result.reason}; its blocks count as missing")
+
+    def count_late(self, reason: str) -> None:
+        """Note that a load was given up."""
+        self.tiering.counters["given up: late"] += 1
+        self._log.warn("late", f"a load was given up: {reason}; what has not arrived is computed")
 
     def close(self) -> None:
         """End the loads, finish the writes that were begun, and end the threads."""
