@@ -192,8 +192,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return found
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if num_external_tokens > 0:
-            self._planner.allocated(request, blocks.get_block_ids(), num_external_tokens)
+        self._planner.allocated(request, blocks.get_block_ids() if num_external_tokens else (), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         used = [new.block_ids for new in scheduler_output.scheduled_new_reqs]

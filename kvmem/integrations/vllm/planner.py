@@ -49,13 +49,16 @@ class _Names:
 
 
 class _Request:
-    """done: by group, how many blocks were looked at for saving. look: what shared tiers answer, until ``late``."""
+    """done: by group, how many blocks were looked at for saving. look: what shared tiers answer from the token
+    ``looked`` on, until ``late``.
+    """
 
     def __init__(self, request: Any, chain: Chain, groups: int) -> None:
         self.request, self.chain, self.done = request, chain, [0] * groups
         self.asked = 0  # tokens that vLLM had by itself when it asked
         self.memo: tuple[tuple[int, int, int], int] | None = None  # what decided an answer, and the answer
         self.look: Future[int] | None = None
+        self.looked = 0
         self.late = 0.0
         self.failed = False  # a load failed: what is left is computed
 
@@ -120,14 +123,14 @@ class Planner:
             return 0, False
         state.chain.extend(request.all_token_ids, limit)
         state.asked = computed
-        if self._background is None:  # vLLM asks again at each step that finds no room
+        if self._background is None or self._background.is_stuck:  # vLLM asks again at each step that finds no room
             question = computed, limit, self._learned
             if state.memo is None or state.memo[0] != question:
                 state.memo = question, self._longest(computed, limit, self._run_of(state.chain, ()))
             end = state.memo[1]
         else:
-            if state.look is None or self._clock() > state.late + self._deadline:
-                state.late = self._clock() + self._deadline
+            if state.look is None or computed < state.looked or self._clock() > state.late + self._deadline:
+                state.late, state.looked = self._clock() + self._deadline, computed
                 state.look = self._background.submit(lambda: self._ask(state.chain, computed, limit))
             if not state.look.done() and self._clock() < state.late:
                 self._step.waits = True
@@ -141,7 +144,8 @@ class Planner:
         if state.look.done() and not state.look.cancelled() and state.look.exception() is None:
             return min(limit, state.look.result())
         why = state.look.exception() if state.look.done() else f"no answer within {self._deadline:g} s"
-        state.look.cancel()
+        assert self._background is not None
+        self._background.leave(state.look)
         self._log.warn("lookup", f"what the tiers hold is not known: {why}")
         return self._longest(computed, limit, self._run_of(state.chain, ()))
 
@@ -174,7 +178,13 @@ class Planner:
 
     def _most(self, rank: int, tiers: Sequence[Tier], names: Sequence[Name]) -> int:
         keys = [tier_key(self._ranks[rank], name) for name in names]
-        return max((tier.contains(keys) for tier in tiers), default=0)
+        most = 0
+        for tier in tiers:
+            try:
+                most = max(most, min(len(keys), tier.contains(keys)))
+            except Exception as error:  # noqa: BLE001  whatever a tier raises, the others may have the blocks
+                self._log.warn("lookup", f"{tier.name}: {type(error).__name__}: {error}")
+        return most
 
     def _longest(self, computed: int, limit: int, run: _Run) -> int:
         """Return the longest prefix, in tokens, of which each group has what attention behind it reads."""
@@ -190,11 +200,13 @@ class Planner:
         return end
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], tokens: int) -> None:
-        """vLLM has made room for the tokens of ``matched``: load them."""
+        """vLLM has made room for the request, and takes so many tokens of ``matched``: load them."""
         state = self._requests.get(request.request_id)
-        if state is None or tokens <= 0:
+        if state is None:
             return
-        state.look = None
+        state.look = None  # if it is preempted, tiers have more by then
+        if tokens == 0:
+            return
         end, blocks = state.asked + tokens, []
         for g, group in enumerate(self._groups):
             size = group.block_size
@@ -226,7 +238,7 @@ class Planner:
                 self._save(state, count, block_ids)
         if scheduled:
             self._to_sweep = len(self._used)
-        self._release()
+        self._release(bool(scheduled))
         step, self._step = self._step, Step()
         return step
 
@@ -264,9 +276,7 @@ class Planner:
         for request_id in report.requests:
             if request_id in self._requests:
                 self._requests[request_id].failed = True
-        if report.failed or report.dropped:
-            for state in self._requests.values():
-                state.done = [0] * len(self._groups)
+                self._requests[request_id].done = [0] * len(self._groups)  # what it computes now is saved
 
     # --- memory ---
 
@@ -289,10 +299,10 @@ class Planner:
             self._used_set |= new
             self._used.extend(new)
 
-    def _release(self) -> None:
+    def _release(self, busy: bool) -> None:
         if self._take_freed is not None:
             self._steps += 1
-            if self._ended or self._steps % _STEPS == 0:  # it costs a look at the whole pool
+            if (self._ended and not busy) or self._steps % _STEPS == 0:  # it costs a look at the whole pool
                 self._ended, self._step.released = False, list(self._take_freed())
             return
         for _ in range(min(_SWEEP, self._to_sweep, len(self._used))):
@@ -314,12 +324,15 @@ class Planner:
     def reset(self) -> None:
         """Find nothing any more of what was saved so far, in no tier: the weights may have changed.
 
-        Names begin anew from random bytes, so what is saved from here on is found by this engine alone.
+        Names begin anew from random bytes, so what is saved from here on is found by this engine alone. A request that
+        has blocks from before is left alone: they must not be saved under new names.
         """
         self._keys = BlockKeys(os.urandom(32), self._keys.block_size)
         self._held.clear()
-        for request in [state.request for state in self._requests.values()]:
-            self.begin(request)
+        requests, self._requests = [state.request for state in self._requests.values()], {}
+        for request in requests:
+            if request.num_computed_tokens == 0:
+                self.begin(request)
 
     def close(self) -> None:
         """Close the shared tiers, once nobody asks them any more."""
