@@ -49,20 +49,16 @@ class Options:
         return found
 
     @property
-    def has_host(self) -> bool:
-        return any(tier["type"] == "host" for tier in self.tiers)
-
-    @property
     def has_shared(self) -> bool:
         return any(tier["type"] != "host" for tier in self.tiers)
 
-    def open_tiers(self, rank: int, fingerprint: bytes, block_bytes: int, *, read_only: bool = False) -> list[Tier]:
+    def open_tiers(self, rank: str, fingerprint: bytes, block_bytes: int, *, read_only: bool = False) -> list[Tier]:
         """Return the tiers of a rank; as ``tier_list.open_tiers``."""
         if not self.tiers:
             return []
         return tier_list.open_tiers(
             self.tiers,
-            rank=f"rank-{rank}",
+            rank=rank,
             fingerprint=fingerprint,
             block_bytes=block_bytes,
             read_only=read_only,

@@ -90,6 +90,8 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._in_step = self._options.layerwise
         self._check(vllm_config)
         isa = _isa(vllm_config, kv_cache_config)
+        engine = vllm_config.parallel_config.data_parallel_index  # each has folders of its own: they have one writer
+        self._folder = f"engine-{engine}-rank-" if engine else "rank-"
         self._ranks = ranks_of(vllm_config, kv_cache_config, names.vllm_version(), isa, self._options.model)
         self._block_bytes = max(group.payload_bytes for group in self._groups)
         lazy = self._options.memory == "lazy" or (not self._options.memory and self._device.type == "cpu")
@@ -111,7 +113,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         keys = BlockKeys(b"kvmem vllm", gcd(*(group.block_size for group in self._groups)))
 
         def shared(rank: int) -> Sequence[Any]:
-            return self._options.open_tiers(rank, self._ranks[rank], self._block_bytes, read_only=True)
+            return self._options.open_tiers(f"{self._folder}{rank}", self._ranks[rank], self._block_bytes, read_only=True)
 
         return Planner(
             self._groups,
@@ -127,7 +129,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return Transfers(
             self._groups,
             self._ranks[rank],
-            self._options.open_tiers(rank, self._ranks[rank], self._block_bytes),
+            self._options.open_tiers(f"{self._folder}{rank}", self._ranks[rank], self._block_bytes),
             staging_bytes=parse_bytes("staging", self._options.staging),
             deadline_seconds=self._options.deadline_seconds,
             memory=self._memory,
@@ -231,7 +233,9 @@ def _isa(vllm_config: Any, kv_cache_config: Any) -> list[str]:
     """Return what the order of bytes in a block depends on beside its spec."""
     device = vllm_config.device_config.device_type
     if device != "cpu":
-        return [device, torch.cuda.get_device_name() if device == "cuda" else ""]
+        from vllm.platforms import current_platform  # it asks without a CUDA context, which a scheduler must not have
+
+        return [device, current_platform.get_device_name(), str(vllm_config.attention_config.backend)]
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
