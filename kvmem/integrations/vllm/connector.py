@@ -113,7 +113,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         keys = BlockKeys(b"kvmem vllm", gcd(*(group.block_size for group in self._groups)))
 
         def shared(rank: int) -> Sequence[Any]:
-            return self._options.open_tiers(f"{self._folder}{rank}", self._ranks[rank], self._block_bytes, read_only=True)
+            return self._options.open_tiers(f"{self._folder}{rank}", self._block_bytes, read_only=True)
 
         return Planner(
             self._groups,
@@ -129,7 +129,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return Transfers(
             self._groups,
             self._ranks[rank],
-            self._options.open_tiers(f"{self._folder}{rank}", self._ranks[rank], self._block_bytes),
+            self._options.open_tiers(f"{self._folder}{rank}", self._block_bytes),
             staging_bytes=parse_bytes("staging", self._options.staging),
             deadline_seconds=self._options.deadline_seconds,
             memory=self._memory,

@@ -217,8 +217,8 @@ def test_options_that_are_wrong(given: dict[str, Any], complaint: str) -> None:
 def test_tiers_are_opened_by_type(tmp_path: Any) -> None:
     disk = {"type": "disk", "path": str(tmp_path), "capacity": "1MiB"}
     options = Options.of({"tiers": [{"type": "host", "capacity": "1MiB"}, disk]})
-    writers = options.open_tiers("rank-1", b"f" * 32, 1000)
-    (reader,) = options.open_tiers("rank-1", b"f" * 32, 1000, read_only=True)
+    writers = options.open_tiers("rank-1", 1000)
+    (reader,) = options.open_tiers("rank-1", 1000, read_only=True)
     assert [tier.name for tier in (*writers, reader)] == ["host", "disk", "disk"] and (tmp_path / "rank-1").is_dir()
     writers[1].put([b"k" * 32], [memoryview(b"x" * 10)])
     until = time.monotonic() + 10
@@ -235,7 +235,7 @@ def test_tiers_are_opened_by_type(tmp_path: Any) -> None:
         ({"type": "collections:OrderedDict"}, "is no kvmem.tiers.Tier"),
     ):
         with pytest.raises(SpecError, match=complaint):
-            Options.of({"tiers": [wrong]}).open_tiers("rank-0", b"f" * 32, 1000)
+            Options.of({"tiers": [wrong]}).open_tiers("rank-0", 1000)
 
 
 def test_reports_of_ranks_are_added() -> None:
