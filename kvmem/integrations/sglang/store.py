@@ -128,7 +128,7 @@ def _each(answer: list[Result] | Result, count: int) -> list[Result]:
     if isinstance(answer, list) and len(answer) == count and all(isinstance(one, Result) for one in answer):
         return answer
     if not isinstance(answer, Result):
-        answer = Result(Status.FAILED, 0, f"{str(answer):.80} is no answer for {count} keys")
+        answer = Result(Status.FAILED, 0, f"{answer!s:.80} is no answer for {count} keys")
     return [answer] * count
 
 

@@ -76,16 +76,12 @@ class Report:
     requests: set[str] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return any((self.saved, self.held, self.dropped, self.gone, self.failed, self.requests))
+        return any(vars(self).values())
 
     def add(self, other: Report) -> None:
         """Take in what another rank reports."""
-        self.saved += other.saved
-        self.held += other.held
-        self.dropped |= other.dropped
-        self.gone |= other.gone
-        self.failed |= other.failed
-        self.requests |= other.requests
+        for name, known in vars(self).items():
+            known.update(vars(other)[name])  # a Counter adds
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,6 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- scheduler ---
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        self._kv_cache_manager = kv_cache_manager
         if self._memory is not None:
             self._planner.bind(kv_cache_manager)
 

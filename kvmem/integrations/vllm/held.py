@@ -34,8 +34,8 @@ class Request(Protocol):
 class Prompt:
     """A request's tokens when it was last looked at, and what their KV depends on besides.
 
-    ids: None for a request that shares nothing: its prompt is embeddings, or a session may add images to it. keys: arguments of ``SchedulerCache``:
-    tenant, adapter, and each image from its place on.
+    ids: None for a request that shares nothing: its prompt is embeddings, or a session may add images to it. keys:
+    arguments of ``SchedulerCache``: tenant, adapter, and each image from its place on.
     """
 
     __slots__ = ("ids", "keys")

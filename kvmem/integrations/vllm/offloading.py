@@ -20,18 +20,14 @@ from kvmem.integrations.vllm import names
 from kvmem.integrations.vllm.density import EvictionOrder
 from kvmem.integrations.vllm.memory import Reservation
 
+_BASE, _POLICY = "vllm.v1.kv_offload.base", "vllm.v1.kv_offload.cpu.policies.base:CachePolicy"
+_CALLED = "on_store_miss on_request_finished evict clear mark_evictable mark_non_evictable"
 NAMES = (
-    *(f"vllm.v1.kv_offload.base:OffloadingSpec.{name}" for name in ("get_manager", "get_worker")),
-    *(
-        f"vllm.v1.kv_offload.base:OffloadingWorker.{name}"
-        for name in ("submit_store", "submit_load", "get_finished", "wait")
-    ),
-    "vllm.v1.kv_offload.base:TransferResult",
+    *(f"{_BASE}:OffloadingSpec.{name}" for name in ("get_manager", "get_worker")),
+    *(f"{_BASE}:OffloadingWorker.{name}" for name in ("submit_store", "submit_load", "get_finished", "wait")),
+    *(f"{_POLICY}.{name}" for name in _CALLED.split()),
+    f"{_BASE}:TransferResult",
     "vllm.v1.kv_offload.cpu.manager:CPUOffloadingManager",
-    *(
-        f"vllm.v1.kv_offload.cpu.policies.base:CachePolicy.{name}"
-        for name in ("on_store_miss", "on_request_finished", "evict", "clear", "mark_evictable", "mark_non_evictable")
-    ),
 )
 names.check_names("kvmem's offloading", NAMES)  # before the imports below, which would say less
 

@@ -29,23 +29,17 @@ _STEPS: Final = 64  # between two questions to a manager that tells which blocks
 _Run = Callable[[int, int, int], int]
 
 
-class _Names:
+class _Names(OrderedDict[Name, None]):
     """A set of names that forgets the oldest."""
 
-    def __init__(self) -> None:
-        self._names: OrderedDict[Name, None] = OrderedDict()
-
-    def __contains__(self, name: Name) -> bool:
-        return name in self._names
-
     def add(self, name: Name) -> None:
-        self._names[name] = None
-        if len(self._names) > _MOST_NAMES:
-            self._names.popitem(last=False)
+        self[name] = None
+        if len(self) > _MOST_NAMES:
+            self.popitem(last=False)
 
     def remove(self, names: Iterable[Name]) -> None:
         for name in names:
-            self._names.pop(name, None)
+            self.pop(name, None)
 
 
 class _Request:
@@ -273,10 +267,8 @@ class Planner:
         for name in report.failed:
             self._failed.add(name)
         self._saved.remove(report.gone | report.failed | report.dropped)
-        for request_id in report.requests:
-            if request_id in self._requests:
-                self._requests[request_id].failed = True
-                self._requests[request_id].done = [0] * len(self._groups)  # what it computes now is saved
+        for state in [self._requests[name] for name in report.requests if name in self._requests]:
+            state.failed, state.done = True, [0] * len(self._groups)  # what it computes now is saved
 
     # --- memory ---
 

@@ -93,16 +93,15 @@ class Transfers:
         storage = storage_of(kv_caches)
         for group in self._groups:
             for layer, place in group.layers.items():
-                if (
-                    layer not in kv_caches
-                    or kv_caches[layer].storage_offset() * kv_caches[layer].element_size() != place.offset
-                ):
+                tensor = kv_caches.get(layer)
+                if tensor is None or tensor.storage_offset() * tensor.element_size() != place.offset:
                     raise SpecError(f"kvmem's connector: layer {layer} does not lie where vLLM's config has it")
                 last = place.offset + (num_blocks - 1) * place.stride + place.page_bytes
                 if last > storage.numel():
                     raise SpecError(f"kvmem's connector: layer {layer} ends at {last} of {storage.numel()} bytes")
-                shape, strides = (num_blocks, place.page_bytes), (place.stride, 1)
-                self._layers[layer] = storage.as_strided(shape, strides, place.offset)
+                self._layers[layer] = storage.as_strided(
+                    (num_blocks, place.page_bytes), (place.stride, 1), place.offset
+                )
         if self._memory is not None:
             self._memory.place((place for g in self._groups for place in g.layers.values()), num_blocks)
 
@@ -150,13 +149,12 @@ class Transfers:
         if step.saves:
             for layer in self._group_of:
                 self.save_layer(layer, step)
-        saves, self._saves, self._copied = self._saves, [], set()
-        spoilt, self._spoilt = self._spoilt, False
-        if saves and spoilt:  # something may have been computed from what was not loaded
-            self._staged -= _bytes_of(staging for _, staging in saves)
-            self._report.dropped.update(block.name for block, _ in saves)
-        elif saves:
-            self._start_saving([(block.name, staging) for block, staging in saves])
+        if self._spoilt:  # something may have been computed from what was not loaded
+            self._staged -= _bytes_of(staging for _, staging in self._saves)
+            self._report.dropped.update(block.name for block, _ in self._saves)
+        elif self._saves:
+            self._start_saving([(block.name, staging) for block, staging in self._saves])
+        self._saves, self._copied, self._spoilt = [], set(), False
         if idle and self._loads:
             self._wait(self._loads, _IDLE_SECONDS)
         elif idle and step.waits:
@@ -212,15 +210,14 @@ class Transfers:
                 loading.parts.remove(part)
                 self._fetching -= _bytes_of(part.staging)
                 loading.until = self._clock() + self._deadline
-                if not self._take_in(loading, part):
-                    self._fail(loading)
+                if reason := self._take_in(loading, part):
+                    self._fail(loading, reason)
                     break
             if loading.missing and self._clock() >= loading.until:
                 self._report.failed.update(block.name for part in loading.parts for block in part.blocks)
-                self._log.warn("load", f"blocks are computed: no answer within {self._deadline:g} s")
-                self._fail(loading)
-            if loading.waiting and self._loaders.is_stuck:  # it would wait for a tier that is known not to answer
-                self._fail(loading)
+                self._fail(loading, f"no answer within {self._deadline:g} s")
+            elif loading.waiting and self._loaders.is_stuck:
+                self._fail(loading, "the tiers still owe earlier answers")
             while loading.waiting and (not self._fetching or self._fetching + _PART_BYTES <= self._most):
                 loading.parts.append(self._begin_part(loading))
             if not loading.parts and not loading.waiting:
@@ -238,14 +235,15 @@ class Transfers:
         self._fetching += _bytes_of(staging)
         return _Part(blocks, staging, self._loaders.submit(partial(self._get, [b.name for b in blocks], staging)))
 
-    def _take_in(self, loading: _Loading, part: _Part) -> bool:
-        """Copy what a part has read to the KV cache. False if some of it was not read."""
-        results = part.future.result()  # it catches what tiers raise
+    def _take_in(self, loading: _Loading, part: _Part) -> str:
+        """Copy what a part has read to the KV cache. Return why some of it was not read, or nothing."""
+        reason = ""
         found: list[tuple[Name, torch.Tensor]] = []
+        results = part.future.result()  # it catches what tiers raise
         for block, staging, result in zip(part.blocks, part.staging, results, strict=True):
             if not result.ok:
                 self._report.failed.add(block.name)
-                self._log.warn("load", f"a block was not loaded, and is computed: {result.reason}")
+                reason = result.reason or "a tier gives no reason"
                 continue
             at = 0
             for layer, place in self._groups[block.name[0]].layers.items():
@@ -257,10 +255,11 @@ class Transfers:
         if found and self._staged + _bytes_of(staging for _, staging in found) <= self._most:
             self._staged += _bytes_of(staging for _, staging in found)
             self._start_saving(found)
-        return all(result.ok for result in results)
+        return reason
 
-    def _fail(self, loading: _Loading) -> None:
+    def _fail(self, loading: _Loading, reason: str) -> None:
         """Give a load up: blocks behind a gap are of no use."""
+        self._log.warn("load", f"blocks were not loaded, and are computed: {reason}")
         for part in loading.parts:
             self._loaders.leave(part.future)
             self._fetching -= _bytes_of(part.staging)

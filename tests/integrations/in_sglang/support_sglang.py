@@ -166,9 +166,13 @@ def context(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     said = types.SimpleNamespace(
         model=types.SimpleNamespace(
-            model_path="org/model", revision="1", quantization=None, dtype="auto", json_model_override_args="{}",
+            model_path="org/model",
+            revision="1",
+            quantization=None,
+            dtype="auto",
+            json_model_override_args="{}",
             load_format="auto",
-        ),  # fmt: skip
+        ),
         lora=types.SimpleNamespace(lora_paths=None),
         parallel=types.SimpleNamespace(dp_rank=None, attn_dp_rank=0),
         serving=types.SimpleNamespace(weight_version="default"),

@@ -106,7 +106,9 @@ def test_weights_that_lie_in_files_are_named_by_them(tmp_path: Any) -> None:
     assert before == [found(path, 1) for path in (tmp_path, weights)]
     weights.write_bytes(b"other weights")
     after = [found(path, 2) for path in (tmp_path, weights)]  # the engine loads an adapter again under another number
-    assert all(one != other for old, new in zip(before, after, strict=True) for one, other in zip(old, new, strict=True))
+    assert all(
+        one != other for old, new in zip(before, after, strict=True) for one, other in zip(old, new, strict=True)
+    )
 
 
 def test_weights_of_a_hub_are_named_by_the_commit(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
