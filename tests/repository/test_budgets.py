@@ -28,7 +28,7 @@ PARTS = [
         "kvmem without the next parts",
         ["kvmem"],
         [*(f"kvmem/{part}" for part in OURS), "kvmem/bench", "kvmem/allocator/prefetch", BATCHING],
-        12_385,
+        12_425,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 1_670),

@@ -29,11 +29,11 @@ _STEPS: Final = 64  # between two questions to a manager that tells which blocks
 _Run = Callable[[int, int, int], int]
 
 
-class _Names(OrderedDict[Name, None]):
-    """A set of names that forgets the oldest."""
+class _Names(OrderedDict[Name, int]):
+    """Names that forget the oldest, each with a number: 0, when it is added."""
 
     def add(self, name: Name) -> None:
-        self[name] = None
+        self[name] = 0
         if len(self) > _MOST_NAMES:
             self.popitem(last=False)
 
@@ -83,7 +83,8 @@ class Planner:
         self._background = Background(2, "kvmem-lookup") if shared else None
         self._requests: dict[str, _Request] = {}
         self._held: Counter[Name] = Counter()  # on how many ranks host memory has a block
-        self._saved, self._failed = _Names(), _Names()
+        self._saved = _Names()
+        self._failed = _Names()  # and how many ranks have saved the block again
         self._learned = 0  # reports
         self._step = Step()
         self._log = FaultLog("kvmem's connector")
@@ -261,7 +262,10 @@ class Planner:
         self._held.update(report.held)
         for name in [n for n in report.held if self._held[n] > len(self._ranks)]:
             self._held[name] = len(self._ranks)  # it was put again
-        self._failed.remove(name for name, ranks in report.saved.items() if ranks == len(self._ranks))
+        again = [name for name in report.saved if name in self._failed]
+        for name in again:  # ranks do not end their saves at the same time
+            self._failed[name] += report.saved[name]
+        self._failed.remove(name for name in again if self._failed[name] >= len(self._ranks))
         for name in report.gone | report.failed:
             self._held.pop(name, None)
         for name in report.failed:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +17,9 @@ from support_vllm_tiers import BLOCK, Faulty, first_and_second, host, make  # no
 from vllm_world import RANK, SIZE, Request, World
 
 from kvmem.integrations.background import Background
-from kvmem.integrations.vllm.blocks import Block, Load, Step, chain_of, tier_key
+from kvmem.integrations.vllm.blocks import Block, Load, Report, Step, chain_of, tier_key
+from kvmem.integrations.vllm.planner import Planner
+from kvmem.tiers.keys import BlockKeys
 
 pytestmark = pytest.mark.core
 
@@ -194,3 +197,19 @@ def test_host_memory_and_what_is_told_of_it_agree(make: Callable[..., World], rn
     there = {name for name in world.transfers._held.values() if near.contains([tier_key(RANK, name)])}
     assert there == set(world.transfers._held.values()) and len(there) == 4
     assert {name for name, ranks in world.planner._held.items() if ranks} <= there
+
+
+def test_ranks_that_save_again_one_after_the_other(make: Callable[..., World]) -> None:
+    planner = Planner(make(host=host()).groups, BlockKeys(b"world", SIZE), [b"a" * 32, b"b" * 32])
+    request = Request("a", list(range(9)), 1)
+    planner.begin(request)
+    assert planner.matched(request, 0) == (0, False)
+    names = [planner._requests["a"].chain.name(0, SIZE, block) for block in (0, 1)]
+    both = Counter({name: 2 for name in names})
+    planner.learn(Report(saved=both, held=both))
+    assert planner.matched(request, 0) == (8, True)
+    planner.learn(Report(failed={names[1]}))
+    assert planner.matched(request, 0) == (4, True)
+    for found in (4, 8):  # one rank, and the other in a later step
+        planner.learn(Report(saved=Counter([names[1]]), held=Counter([names[1]])))
+        assert planner.matched(request, 0) == (found, True)
