@@ -27,6 +27,7 @@ NAMES = (
     *(f"{_BASE}:OffloadingWorker.{name}" for name in ("submit_store", "submit_load", "get_finished", "wait")),
     *(f"{_POLICY}.{name}" for name in _CALLED.split()),
     f"{_BASE}:TransferResult",
+    "vllm.v1.kv_offload.cpu.spec:CPUOffloadingSpec.build_metric_definitions",
     "vllm.v1.kv_offload.cpu.manager:CPUOffloadingManager",
 )
 names.check_names("kvmem's offloading", NAMES)  # before the imports below, which would say less
@@ -65,6 +66,14 @@ class KvmemOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
             raise SpecError(f"cpu_bytes_to_use: got {room} bytes; one chunk takes {self._chunk_bytes}")
         self._manager: Any = None
         self._worker: Any = None
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        """Return what vLLM's manager counts; a server ends at a number that is not declared."""
+        from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+        found: dict[str, Any] = CPUOffloadingSpec.build_metric_definitions(extra_config)
+        return found
 
     def get_manager(self) -> Any:
         if self._manager is None:

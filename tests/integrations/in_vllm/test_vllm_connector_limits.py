@@ -205,7 +205,7 @@ def test_ranks_that_save_again_one_after_the_other(make: Callable[..., World]) -
     planner.begin(request)
     assert planner.matched(request, 0) == (0, False)
     names = [planner._requests["a"].chain.name(0, SIZE, block) for block in (0, 1)]
-    both = Counter({name: 2 for name in names})
+    both = Counter(dict.fromkeys(names, 2))
     planner.learn(Report(saved=both, held=both))
     assert planner.matched(request, 0) == (8, True)
     planner.learn(Report(failed={names[1]}))
