@@ -233,7 +233,7 @@ class Planner:
                 self._save(state, count, block_ids)
         if scheduled:
             self._to_sweep = len(self._used)
-        self._release(bool(scheduled))
+        self._release()
         step, self._step = self._step, Step()
         return step
 
@@ -295,10 +295,10 @@ class Planner:
             self._used_set |= new
             self._used.extend(new)
 
-    def _release(self, busy: bool) -> None:
+    def _release(self) -> None:
         if self._take_freed is not None:
             self._steps += 1
-            if (self._ended and not busy) or self._steps % _STEPS == 0:  # it costs a look at the whole pool
+            if self._ended or self._steps % _STEPS == 0:  # it costs a look at the whole pool
                 self._ended, self._step.released = False, list(self._take_freed())
             return
         for _ in range(min(_SWEEP, self._to_sweep, len(self._used))):
