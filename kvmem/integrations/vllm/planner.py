@@ -325,6 +325,7 @@ class Planner:
         """
         self._keys = BlockKeys(os.urandom(32), self._keys.block_size)
         self._held.clear()
+        self._to_sweep, self._ended = len(self._used), True  # vLLM's own cache may have been emptied too
         requests, self._requests = [state.request for state in self._requests.values()], {}
         for request in requests:
             if request.num_computed_tokens == 0:
