@@ -35,6 +35,7 @@ names.check_names("kvmem's offloading", NAMES)  # before the imports below, whic
 from vllm.v1.kv_offload.base import OffloadingSpec, OffloadingWorker, TransferResult  # noqa: E402
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager  # noqa: E402
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy  # noqa: E402
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec  # noqa: E402
 
 __all__ = ["DensityPolicy", "KvmemOffloadingSpec"]
 
@@ -70,10 +71,7 @@ class KvmemOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
         """Return what vLLM's manager counts; a server ends at a number that is not declared."""
-        from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
-
-        found: dict[str, Any] = CPUOffloadingSpec.build_metric_definitions(extra_config)
-        return found
+        return dict(CPUOffloadingSpec.build_metric_definitions(extra_config))
 
     def get_manager(self) -> Any:
         if self._manager is None:
