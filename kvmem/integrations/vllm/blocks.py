@@ -161,6 +161,14 @@ def ranks_of(vllm_config: Any, kv_cache_config: Any, version: str, isa: Sequence
     return [hashlib.sha256(common + rank.to_bytes(4, "little")).digest() for rank in range(ranks)]
 
 
+def names_images(vllm_config: Any) -> bool:
+    """Return whether vLLM names an image by its content. Without caches of its own it only numbers them, from 1 on in
+    each process, so that another process's image has the same name.
+    """
+    images, cache = vllm_config.model_config.multimodal_config, vllm_config.cache_config
+    return images is None or images.mm_processor_cache_gb > 0 or bool(cache.enable_prefix_caching)
+
+
 class Chain:
     """The digests of a request's full blocks, which grow with its tokens.
 
@@ -195,7 +203,10 @@ def chain_of(request: Any, keys: BlockKeys) -> Chain | None:
     if adapter is not None:
         if adapter.load_inplace:
             return None  # another adapter may have the name
-        adapter = (adapter.lora_name, _adapter_files(adapter.lora_path, adapter.lora_int_id))
+        try:
+            adapter = (adapter.lora_name, _adapter_files(adapter.lora_path, adapter.lora_int_id))
+        except OSError:
+            return None  # nobody knows which it is
     items = sorted((item.mm_position.offset, f"{item.modality} {item.identifier}") for item in request.mm_features)
     return Chain(keys, request.cache_salt, adapter, key_marks(items or None))
 

@@ -17,7 +17,7 @@ import torch
 from kvmem import SpecError
 from kvmem.arguments import parse_bytes
 from kvmem.integrations.vllm import names
-from kvmem.integrations.vllm.blocks import Report, Step, groups_of, ranks_of
+from kvmem.integrations.vllm.blocks import Report, Step, groups_of, names_images, ranks_of
 from kvmem.integrations.vllm.config import Options
 from kvmem.integrations.vllm.memory import lazy_memory
 from kvmem.integrations.vllm.planner import Planner
@@ -88,6 +88,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._device = torch.device(vllm_config.device_config.device_type)
         self._num_blocks = kv_cache_config.num_blocks
         self._in_step = self._options.layerwise
+        self._names_images = names_images(vllm_config)
         self._check(vllm_config)
         isa = _isa(vllm_config, kv_cache_config)
         engine = vllm_config.parallel_config.data_parallel_index  # each has folders of its own: they have one writer
@@ -186,7 +187,8 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._planner.bind(kv_cache_manager)
 
     def on_new_request(self, request: Any) -> None:
-        self._planner.begin(request)
+        if self._names_images or not request.mm_features:
+            self._planner.begin(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         found: tuple[int | None, bool] = self._planner.matched(request, num_computed_tokens)

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from kvmem import SpecError
-from kvmem.integrations.vllm.blocks import Report, chain_of, groups_of, ranks_of, storage_of, tier_key
+from kvmem.integrations.vllm.blocks import (
+    Report,
+    chain_of,
+    groups_of,
+    names_images,
+    ranks_of,
+    storage_of,
+    tier_key,
+)
 from kvmem.integrations.vllm.config import Options
 from kvmem.integrations.weights import weights_name
 from kvmem.tiers.keys import BlockKeys
@@ -165,6 +173,28 @@ def test_names_cover_tokens_salt_adapter_and_what_is_no_token() -> None:
                     {"lora_request": lora("x", "/x", inplace=True)}):  # fmt: skip
         assert chain_of(request(tokens, **unknown), KEYS) is None
     assert len({tier_key(rank, (g, b"d")) for rank in (b"a" * 32, b"b" * 32) for g in (0, 1)}) == 4
+
+
+def test_images_that_are_only_numbered_have_no_name() -> None:
+    def config(caches: tuple[float, bool] | None) -> Any:
+        images = None if caches is None else Thing(mm_processor_cache_gb=caches[0])
+        cache = Thing(enable_prefix_caching=caches is not None and caches[1])
+        return Thing(model_config=Thing(multimodal_config=images), cache_config=cache)
+
+    assert [names_images(config(c)) for c in (None, (4.0, False), (0.0, True), (0.0, False))] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_an_adapter_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: str, revision: str | None) -> str:
+        raise PermissionError(path)
+
+    monkeypatch.setattr("kvmem.integrations.vllm.blocks.weights_name", refused)
+    assert chain_of(request([1], lora_request=lora("x", "/unreadable")), KEYS) is None
 
 
 def test_a_chain_grows_with_its_tokens(rng: random.Random) -> None:
