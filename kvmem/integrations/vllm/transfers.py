@@ -72,6 +72,7 @@ class Transfers:
     ) -> None:
         self._groups, self._fingerprint, self._tiers = tuple(groups), fingerprint, tuple(tiers)
         self._most, self._deadline, self._memory, self._clock = staging_bytes, deadline_seconds, memory, clock
+        self._part = min(_PART_BYTES, staging_bytes)
         self._host = next((tier for tier in tiers if isinstance(tier, HostTier)), None)
         self._held: dict[bytes, Name] = {}  # what host memory has, by key; only the thread that saves uses it
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
@@ -218,7 +219,7 @@ class Transfers:
                 self._fail(loading, f"no answer within {self._deadline:g} s")
             elif loading.waiting and self._loaders.is_stuck:
                 self._fail(loading, "the tiers still owe earlier answers")
-            while loading.waiting and (not self._fetching or self._fetching + _PART_BYTES <= self._most):
+            while loading.waiting and (not self._fetching or self._fetching + self._part <= self._most):
                 loading.parts.append(self._begin_part(loading))
             if not loading.parts and not loading.waiting:
                 self._loads.remove(loading)
@@ -227,11 +228,15 @@ class Transfers:
 
     def _begin_part(self, loading: _Loading) -> _Part:
         blocks: list[Block] = []
-        size = 0
-        while loading.waiting and (not blocks or size < _PART_BYTES):
+        staging: list[torch.Tensor] = []
+        left = self._part
+        while loading.waiting:
+            size = self._groups[loading.waiting[0].name[0]].payload_bytes
+            if blocks and size > left:
+                break
             blocks.append(loading.waiting.popleft())
-            size += self._groups[blocks[-1].name[0]].payload_bytes
-        staging = [torch.empty(self._groups[b.name[0]].payload_bytes, dtype=torch.uint8) for b in blocks]
+            staging.append(torch.empty(size, dtype=torch.uint8))
+            left -= size
         self._fetching += _bytes_of(staging)
         return _Part(blocks, staging, self._loaders.submit(partial(self._get, [b.name for b in blocks], staging)))
 

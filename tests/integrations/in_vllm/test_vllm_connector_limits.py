@@ -37,11 +37,14 @@ def test_what_is_left_out_is_planned_once(make: Callable[..., World]) -> None:
     assert len(names) == len(set(names)) == 11
 
 
-def test_many_loads_at_once_stay_within_staging(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmem.integrations.vllm.transfers._PART_BYTES", 2 * BLOCK)
+@pytest.mark.parametrize("part", [2 * BLOCK + 1, 1 << 20])
+def test_many_loads_at_once_stay_within_staging(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr("kvmem.integrations.vllm.transfers._PART_BYTES", part)
     near, most = host(), 0
     first, _ = first_and_second(make(host=near))
-    world = make(host=near, blocks=80, staging_bytes=4 * BLOCK)
+    world = make(host=near, blocks=80, staging_bytes=4 * BLOCK + 2)
     world.planner._held.update(dict.fromkeys(world_names(world, first[:24]), 1))
     requests = [world.add(Request(f"{n}", first[:26], 5)) for n in range(8)]
     while world.requests:
