@@ -135,12 +135,12 @@ class Planner:
         return found, found > 0 and self._asynchronous
 
     def _answer(self, state: _Request, computed: int, limit: int) -> int:
-        assert state.look is not None
-        if state.look.done() and not state.look.cancelled() and state.look.exception() is None:
+        assert state.look is not None and self._background is not None
+        why: object = f"no answer within {self._deadline:g} s"
+        if state.look.cancelled() or not state.look.done():
+            self._background.leave(state.look)
+        elif (why := state.look.exception()) is None:
             return min(limit, state.look.result())
-        why = state.look.exception() if state.look.done() else f"no answer within {self._deadline:g} s"
-        assert self._background is not None
-        self._background.leave(state.look)
         self._log.warn("lookup", f"what the tiers hold is not known: {why}")
         return self._longest(computed, limit, self._run_of(state.chain, ()))
 

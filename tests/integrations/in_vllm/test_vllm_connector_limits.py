@@ -90,6 +90,22 @@ def test_a_tier_that_never_answers_is_left_alone(make: Callable[..., World]) -> 
             pass
 
 
+def test_a_request_that_finds_no_room_asks_again_after_its_deadline(make: Callable[..., World]) -> None:
+    """Its lookup never began, behind two that hang."""
+    now, gate = [0.0], threading.Event()
+    tier = Faulty()
+    world = make(shared=[tier], deadline_seconds=5.0, clock=lambda: now[0])
+    tier.contains = lambda keys: int(gate.wait(30)) * 0  # type: ignore[method-assign]
+    requests = [Request(f"{n}", list(range(9)), 1) for n in range(3)]
+    for request in requests:
+        world.planner.begin(request)
+        assert world.planner.matched(request, 0) == (None, False)
+    now[0] = 5.1
+    for request in requests * 3:
+        assert world.planner.matched(request, 0) == (0, False)
+    gate.set()
+
+
 def test_work_that_is_cancelled_keeps_no_memory() -> None:
     begun, gate, memory = threading.Event(), threading.Event(), torch.empty(1)
     background = Background(1, "test")
