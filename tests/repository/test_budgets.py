@@ -54,7 +54,7 @@ PARTS = [
     ("tests/plan", ["tests/plan"], [], 1_890),
     ("tests/distributed", ["tests/distributed"], [], 375),
     ("tests/transport", ["tests/transport"], [], 490),
-    ("tests/integrations/in_vllm", ["tests/integrations/in_vllm"], [], 2_710),
+    ("tests/integrations/in_vllm", ["tests/integrations/in_vllm"], [], 2_730),
     ("tests/integrations/in_sglang", ["tests/integrations/in_sglang"], [], 1_440),
     ("tests/engine", ["tests/engine"], [], 760),
     ("tests/issues", ["tests/issues"], [], 955),

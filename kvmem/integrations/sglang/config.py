@@ -54,7 +54,8 @@ def page_keys(options: Options, ranks: dict[str, Rank], forms: object) -> PageKe
     weights = options.model or weights_name(model.model_path, model.revision)
     loaded = [str(getattr(model, name)) for name in ("quantization", "dtype", "json_model_override_args")]
     # SGLang names an adapter that it starts with by name and path; one that it loads later has a name of its own.
-    adapters = sorted(weights_name(ref.lora_path, None) for ref in get_lora().lora_paths or ())
+    paths = get_lora().lora_paths if get_lora().enable_lora else None
+    adapters = sorted(weights_name(ref.lora_path, None) for ref in paths or ())
     loaded += [str(model.load_format == "dummy"), *adapters]
     return PageKeys(fingerprint(VERSION, weights, loaded, forms), ranks, lambda: str(get_serving().weight_version))
 

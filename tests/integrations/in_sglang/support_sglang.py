@@ -173,7 +173,7 @@ def context(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             json_model_override_args="{}",
             load_format="auto",
         ),
-        lora=types.SimpleNamespace(lora_paths=None),
+        lora=types.SimpleNamespace(enable_lora=True, lora_paths=None),
         parallel=types.SimpleNamespace(dp_rank=None, attn_dp_rank=0),
         serving=types.SimpleNamespace(weight_version="default"),
     )
