@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["Background"]
 
@@ -21,6 +21,7 @@ class Background:
 
     def __init__(self, threads: int, name: str) -> None:
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._left = set[Future[Any]]()
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -28,16 +29,29 @@ class Background:
     def submit(self, work: Callable[[], _T]) -> Future[_T]:
         """Return the future of ``work``, which may be cancelled before it begins."""
         future: Future[_T] = Future()
+        given = [work]
+        future.add_done_callback(lambda _: given.clear())  # what was cancelled keeps no memory, whenever its turn comes
 
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(work())
+                    future.set_result(given[0]())
                 except BaseException as error:  # noqa: BLE001  the future carries it to whoever asks
                     future.set_exception(error)
 
         self._tasks.put(run)
         return future
+
+    def leave(self, future: Future[Any]) -> None:
+        """Wait no more for ``future``: it is cancelled, or its thread counts as stuck until it has ended."""
+        if not future.cancel() and not future.done():
+            self._left.add(future)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether every thread is with work that was left, so that new work would only wait for it."""
+        self._left = {future for future in self._left if not future.done()}
+        return len(self._left) >= len(self._threads)
 
     def close(self, seconds: float) -> None:
         """Let the threads end when what was submitted is done; wait that long at most in all."""

@@ -58,7 +58,7 @@ OPTIONAL = {
         "rich",
         "tokenizers",
     ),
-    *("sglang", "transformers", "triton", "vllm"),
+    *("huggingface_hub", "sglang", "transformers", "triton", "vllm"),
     *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sglang.srt.runtime_context import get_model, get_parallel, get_serving
+from sglang.srt.runtime_context import get_lora, get_model, get_parallel, get_serving
 
 from kvmem.arguments import check_number, parse_bytes
 from kvmem.errors import SpecError
@@ -53,6 +53,10 @@ def page_keys(options: Options, ranks: dict[str, Rank], forms: object) -> PageKe
     model = get_model()
     weights = options.model or weights_name(model.model_path, model.revision)
     loaded = [str(getattr(model, name)) for name in ("quantization", "dtype", "json_model_override_args")]
+    # SGLang names an adapter that it starts with by name and path; one that it loads later has a name of its own.
+    paths = get_lora().lora_paths if get_lora().enable_lora else None
+    adapters = sorted(weights_name(ref.lora_path, None) for ref in paths or ())
+    loaded += [str(model.load_format == "dummy"), *adapters]
     return PageKeys(fingerprint(VERSION, weights, loaded, forms), ranks, lambda: str(get_serving().weight_version))
 
 

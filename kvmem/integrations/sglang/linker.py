@@ -31,6 +31,7 @@ from kvmem.integrations.sglang.config import Options, open_store, page_keys
 from kvmem.integrations.sglang.keys import Rank
 from kvmem.integrations.sglang.names import LINKER, check_names
 from kvmem.integrations.sglang.pages import PoolPages
+from kvmem.integrations.sglang.store import ends_of_runs
 from kvmem.tiers.fault_log import FaultLog
 
 __all__ = ["KVMemLinker"]
@@ -109,8 +110,7 @@ class KVMemLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not re
         for one in expanded:
             if one.hit_policy != PoolHitPolicy.ALL_PAGES and restorable:
                 there = self._store.present(self._keys.of(one.name, pages))
-                window = max(1, len(one.keys))
-                restorable = {end for end in restorable if all(there[max(0, end - window) : end])}
+                restorable &= ends_of_runs(there, max(1, len(one.keys)))
         return sorted(restorable)
 
     def load(self, rid: str, transfers: list[Any]) -> bool:

@@ -22,6 +22,7 @@ def _names(table: str) -> tuple[str, ...]:
 
 
 _BOTH: Final = """
+runtime_context get_lora
 runtime_context get_model
 runtime_context get_parallel
 runtime_context get_serving

@@ -13,6 +13,7 @@ from kvmem.errors import SpecError
 from kvmem.integrations.sglang.config import Options, open_store, page_keys
 from kvmem.integrations.sglang.keys import Rank
 from kvmem.integrations.sglang.names import STORAGE, check_names
+from kvmem.integrations.sglang.store import ends_of_runs
 from kvmem.tiers.fault_log import FaultLog
 
 __all__ = ["KVMemStorage"]
@@ -95,7 +96,7 @@ class KVMemStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is not read 
                 break
             there = self._store.present(self._keys.of(one.name, keys[:pages]))
             window = max(1, len(one.keys or ())) if one.hit_policy == PoolHitPolicy.TRAILING_PAGES else pages
-            found = {end for end in range(1, pages + 1) if all(there[max(0, end - window) : end])}
+            found = ends_of_runs(there, window)
             hits[one.name] = max(found, default=0)
             restorable &= found
         return PoolTransferResult(max(restorable, default=0), hits, sorted(restorable))
@@ -116,11 +117,15 @@ class KVMemStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is not read 
     ) -> bool:
         return all(self._put(PoolName.KV, keys, values))
 
-    def _get(self, pool: str, keys: Sequence[str], pages: Sequence[torch.Tensor] | None = None) -> list[Any]:
+    def _get(self, pool: str, keys: Sequence[str], targets: Sequence[torch.Tensor] | None = None) -> list[Any]:
         if self._store is None:
             return [None] * len(keys)
-        pages = [self._pools[pool].get_dummy_flat_data_page() for _ in keys] if pages is None else pages
+        # Pages of its own: a tier that answers late writes on, when SGLang may have given its memory to another page.
+        pages = [self._pools[pool].get_dummy_flat_data_page() for _ in keys]
         results = self._store.get(self._keys.of(pool, keys), [_bytes_of(page) for page in pages])
+        if targets is not None:
+            copied = zip(targets, pages, results, strict=True)
+            pages = [target.copy_(page.view_as(target)) if result.ok else page for target, page, result in copied]
         return [page if result.ok else None for page, result in zip(pages, results, strict=True)]
 
     def _put(self, pool: str, keys: Sequence[str], pages: Sequence[torch.Tensor]) -> list[bool]:

@@ -13,7 +13,7 @@ from kvmem.integrations.background import Background
 from kvmem.tiers.base import Buffer, Result, Status, Tier
 from kvmem.tiers.fault_log import FaultLog
 
-__all__ = ["TierStore"]
+__all__ = ["TierStore", "ends_of_runs"]
 
 _T = TypeVar("_T")
 _CALLS: Final = ("contains", "get", "put")  # one thread of each tier for each
@@ -50,7 +50,7 @@ class TierStore:
         while before < found < len(keys):
             before = found
             for i in range(len(self._tiers)):
-                answer = self._ask(i, "contains", methodcaller("contains", keys[found:]), until)
+                answer = self._ask(i, "contains", partial(_leading, keys[found:]), until)
                 found += 0 if isinstance(answer, Result) else answer
             if len(self._tiers) == 1:
                 break
@@ -125,22 +125,39 @@ class TierStore:
 
 def _each(answer: list[Result] | Result, count: int) -> list[Result]:
     """Return a result for each of ``count`` keys, whatever a tier of somebody else's answered."""
-    if not isinstance(answer, Result) and len(answer) != count:
-        answer = Result(Status.FAILED, 0, f"{len(answer)} answers for {count} keys")
-    return [answer] * count if isinstance(answer, Result) else answer
+    if isinstance(answer, list) and len(answer) == count and all(isinstance(one, Result) for one in answer):
+        return answer
+    if not isinstance(answer, Result):
+        answer = Result(Status.FAILED, 0, f"{answer!s:.80} is no answer for {count} keys")
+    return [answer] * count
+
+
+def ends_of_runs(there: Sequence[bool], window: int) -> set[int]:
+    """Return the lengths, from 1 on, of which the last ``window`` pages are there; all pages of a shorter one."""
+    found, run = set[int](), 0
+    for end, one in enumerate(there, 1):
+        run = run + 1 if one else 0
+        if run >= min(window, end):
+            found.add(end)
+    return found
+
+
+def _leading(keys: Sequence[bytes], tier: Tier) -> int:
+    """Return how many of the first keys the tier has, whatever a tier of somebody else's answers."""
+    return max(0, min(len(keys), tier.contains(keys)))
 
 
 def _present(keys: Sequence[bytes], tier: Tier) -> list[bool]:
     """Return whether the tier has each key, by calls that each end at one that it lacks."""
     found: list[bool] = []
     while len(found) < len(keys):
-        run = tier.contains(keys[len(found) :])
+        run = _leading(keys[len(found) :], tier)
         found += [True] * run + [False] * (len(found) + run < len(keys))
     return found
 
 
 def _put(keys: Sequence[bytes], buffers: Sequence[Buffer], tier: Tier) -> list[Result]:
     """Store what follows the run that the tier has already: equal keys are equal bytes."""
-    have = tier.contains(keys)
+    have = _leading(keys, tier)
     there = [Result(Status.OK, len(buffer)) for buffer in buffers[:have]]
     return [*there, *(tier.put(keys[have:], buffers[have:]) if have < len(keys) else [])]

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import lcm
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -29,6 +30,9 @@ Name: TypeAlias = tuple[int, bytes]
 """A group, and the digest of all tokens up to the end of a block."""
 
 _SERVED: Final = {"FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec", "SlidingWindowMLASpec"}
+
+# What changes a picture or video between the item that a request names and the model's input.
+_IMAGES: Final = ("mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate", "video_pruning_method")
 
 
 class Block(NamedTuple):
@@ -72,16 +76,12 @@ class Report:
     requests: set[str] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return any((self.saved, self.held, self.dropped, self.gone, self.failed, self.requests))
+        return any(vars(self).values())
 
     def add(self, other: Report) -> None:
         """Take in what another rank reports."""
-        self.saved += other.saved
-        self.held += other.held
-        self.dropped |= other.dropped
-        self.gone |= other.gone
-        self.failed |= other.failed
-        self.requests |= other.requests
+        for name, known in vars(self).items():
+            known.update(vars(other)[name])  # a Counter adds
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def ranks_of(vllm_config: Any, kv_cache_config: Any, version: str, isa: Sequence
     """Return the fingerprint of each tensor-parallel rank: 32 bytes over everything that a block's bytes depend on.
 
     version: of vLLM, whose layouts may change. isa: what the attention kernel's layout depends on. model: the weights'
-    name; ``""`` takes the name, revision and files that the engine loads.
+    name; ``""`` takes what the engine loads, as ``weights_name`` names it.
     """
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     for what in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -147,14 +147,26 @@ def ranks_of(vllm_config: Any, kv_cache_config: Any, version: str, isa: Sequence
     specs = [repr(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
     layers = [list(group.layer_names) for group in kv_cache_config.kv_cache_groups]
     ranks = parallel.tensor_parallel_size
-    weights = model or weights_name(config.model, config.revision or getattr(config.hf_config, "_commit_hash", None))
+    weights = model or weights_name(config.model, config.revision)
+    dummy = str(vllm_config.load_config.load_format) == "dummy"
+    # Some models choose their rotary embedding by the longest request that the engine allows.
+    images = [str(getattr(config.multimodal_config, name, None)) for name in _IMAGES]
     parts = [
-        *("vllm", version, weights, str(config.dtype), str(config.quantization)),
+        *("vllm", version, weights, str(dummy), str(config.max_model_len), *images),
+        *(str(config.dtype), str(config.quantization)),
         *(str(vllm_config.cache_config.cache_dtype), str(kv_cache_config.kv_cache_layout), *isa),
         json.dumps([described, specs, layers, ranks], sort_keys=True, default=str),
     ]
     common = hashlib.sha256(b"kvmem vllm 1" + encode_key(tuple(parts))).digest()
     return [hashlib.sha256(common + rank.to_bytes(4, "little")).digest() for rank in range(ranks)]
+
+
+def names_images(vllm_config: Any) -> bool:
+    """Return whether vLLM names an image by its content. Without caches of its own it only numbers them, from 1 on in
+    each process, so that another process's image has the same name.
+    """
+    images, cache = vllm_config.model_config.multimodal_config, vllm_config.cache_config
+    return images is None or images.mm_processor_cache_gb > 0 or bool(cache.enable_prefix_caching)
 
 
 class Chain:
@@ -191,9 +203,18 @@ def chain_of(request: Any, keys: BlockKeys) -> Chain | None:
     if adapter is not None:
         if adapter.load_inplace:
             return None  # another adapter may have the name
-        adapter = (adapter.lora_name, adapter.lora_path)
+        try:
+            adapter = (adapter.lora_name, _adapter_files(adapter.lora_path, adapter.lora_int_id))
+        except OSError:
+            return None  # nobody knows which it is
     items = sorted((item.mm_position.offset, f"{item.modality} {item.identifier}") for item in request.mm_features)
     return Chain(keys, request.cache_salt, adapter, key_marks(items or None))
+
+
+@lru_cache(maxsize=1024)
+def _adapter_files(path: str, adapter_id: int) -> str:
+    """Return a name of an adapter's weights. vLLM reads them once for each id, so they are looked at once."""
+    return weights_name(path, None)
 
 
 def tier_key(fingerprint: bytes, name: Name) -> bytes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from kvmem import SpecError
 from kvmem.arguments import check_bool, check_choice, check_number, parse_bytes
@@ -12,6 +13,10 @@ from kvmem.integrations import tier_list
 from kvmem.tiers.base import Tier
 
 __all__ = ["Options"]
+
+# Of a disk's folder. Keys say whose a block is, so an engine of another configuration may take a folder over: it finds
+# nothing there, and its blocks replace the old ones.
+_FOLDER: Final = hashlib.sha256(b"kvmem vllm folder 1").digest()
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,17 @@ class Options:
         return found
 
     @property
-    def has_host(self) -> bool:
-        return any(tier["type"] == "host" for tier in self.tiers)
-
-    @property
     def has_shared(self) -> bool:
         return any(tier["type"] != "host" for tier in self.tiers)
 
-    def open_tiers(self, rank: int, fingerprint: bytes, block_bytes: int, *, read_only: bool = False) -> list[Tier]:
+    def open_tiers(self, rank: str, block_bytes: int, *, read_only: bool = False) -> list[Tier]:
         """Return the tiers of a rank; as ``tier_list.open_tiers``."""
         if not self.tiers:
             return []
         return tier_list.open_tiers(
             self.tiers,
-            rank=f"rank-{rank}",
-            fingerprint=fingerprint,
+            rank=rank,
+            fingerprint=_FOLDER,
             block_bytes=block_bytes,
             read_only=read_only,
             tells_evicted=True,

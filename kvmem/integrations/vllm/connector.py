@@ -17,7 +17,7 @@ import torch
 from kvmem import SpecError
 from kvmem.arguments import parse_bytes
 from kvmem.integrations.vllm import names
-from kvmem.integrations.vllm.blocks import Report, Step, groups_of, ranks_of
+from kvmem.integrations.vllm.blocks import Report, Step, groups_of, names_images, ranks_of
 from kvmem.integrations.vllm.config import Options
 from kvmem.integrations.vllm.memory import lazy_memory
 from kvmem.integrations.vllm.planner import Planner
@@ -88,8 +88,11 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._device = torch.device(vllm_config.device_config.device_type)
         self._num_blocks = kv_cache_config.num_blocks
         self._in_step = self._options.layerwise
+        self._names_images = names_images(vllm_config)
         self._check(vllm_config)
         isa = _isa(vllm_config, kv_cache_config)
+        engine = vllm_config.parallel_config.data_parallel_index  # each has folders of its own: they have one writer
+        self._folder = f"engine-{engine}-rank-" if engine else "rank-"
         self._ranks = ranks_of(vllm_config, kv_cache_config, names.vllm_version(), isa, self._options.model)
         self._block_bytes = max(group.payload_bytes for group in self._groups)
         lazy = self._options.memory == "lazy" or (not self._options.memory and self._device.type == "cpu")
@@ -111,7 +114,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         keys = BlockKeys(b"kvmem vllm", gcd(*(group.block_size for group in self._groups)))
 
         def shared(rank: int) -> Sequence[Any]:
-            return self._options.open_tiers(rank, self._ranks[rank], self._block_bytes, read_only=True)
+            return self._options.open_tiers(f"{self._folder}{rank}", self._block_bytes, read_only=True)
 
         return Planner(
             self._groups,
@@ -127,7 +130,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return Transfers(
             self._groups,
             self._ranks[rank],
-            self._options.open_tiers(rank, self._ranks[rank], self._block_bytes),
+            self._options.open_tiers(f"{self._folder}{rank}", self._block_bytes),
             staging_bytes=parse_bytes("staging", self._options.staging),
             deadline_seconds=self._options.deadline_seconds,
             memory=self._memory,
@@ -180,20 +183,19 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- scheduler ---
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        self._kv_cache_manager = kv_cache_manager
         if self._memory is not None:
             self._planner.bind(kv_cache_manager)
 
     def on_new_request(self, request: Any) -> None:
-        self._planner.begin(request)
+        if self._names_images or not request.mm_features:
+            self._planner.begin(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         found: tuple[int | None, bool] = self._planner.matched(request, num_computed_tokens)
         return found
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if num_external_tokens > 0:
-            self._planner.allocated(request, blocks.get_block_ids(), num_external_tokens)
+        self._planner.allocated(request, blocks.get_block_ids() if num_external_tokens else (), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         used = [new.block_ids for new in scheduler_output.scheduled_new_reqs]
@@ -232,7 +234,9 @@ def _isa(vllm_config: Any, kv_cache_config: Any) -> list[str]:
     """Return what the order of bytes in a block depends on beside its spec."""
     device = vllm_config.device_config.device_type
     if device != "cpu":
-        return [device, torch.cuda.get_device_name() if device == "cuda" else ""]
+        from vllm.platforms import current_platform  # it asks without a CUDA context, which a scheduler must not have
+
+        return [device, current_platform.get_device_name(), str(vllm_config.attention_config.backend)]
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

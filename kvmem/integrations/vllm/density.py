@@ -109,11 +109,13 @@ class EvictionOrder:
     def evict(self, n: int, protected: set[bytes]) -> list[tuple[bytes, Any]] | None:
         """Return ``n`` chunks, which leave, none of ``protected``; None, and nothing has changed, if fewer can."""
         chosen: list[int] = []
+        kept: list[int] = []
         done: list[tuple[Any, int]] = []  # what undoes each call
         while len(chosen) < n and (node := self._policy.victim()) >= 0:
             if self._keys[node] in protected:
                 self._policy.use(node)
                 done.append((self._policy.undo_use, node))
+                kept.append(node)
             else:
                 self._policy.evict(node)
                 done.append((self._policy.restore, node))
@@ -122,8 +124,7 @@ class EvictionOrder:
             for undo, node in reversed(done):
                 undo(node)
             return None
-        for _, node in done:
-            if node not in chosen:
-                self._policy.release(node)
+        for node in kept:
+            self._policy.release(node)
         keys = [self._keys[node] for node in chosen]
         return [(key, self._forget(key)) for key in keys]

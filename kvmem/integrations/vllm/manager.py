@@ -114,9 +114,10 @@ class BlockManager:
         return blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Publish the request's first ``num_computed_tokens`` tokens."""
+        """Publish the request's first ``num_computed_tokens`` tokens: a connector has loaded them."""
         held = self._held.get(request.request_id)
         if held is not None:
+            held.loading = ""
             self._publish(held, request, num_computed_tokens)
 
     def estimate_cached_tokens(self, request: Request) -> int:
@@ -175,7 +176,9 @@ class BlockManager:
         held = self._begin(request, hits, tokens, least, headroom)
         if held is None:
             return None
-        if self._ahead and num_external_computed_tokens == 0 and not delay_cache_blocks:
+        if num_external_computed_tokens > 0:
+            held.loading = "later" if delay_cache_blocks else "now"
+        elif self._ahead:
             self._publish(held, request, hits + num_new_tokens)
         return self._blocks(held.blocks[hits // self.block_size :])
 
@@ -210,7 +213,7 @@ class BlockManager:
             end = round_up(min(tokens, self.max_model_len), size)
             if end <= room:
                 return self.empty_kv_cache_blocks
-        valid = request.num_computed_tokens - request.num_in_flight_tokens
+        valid = held.valid_tokens(request)
         full = self._publishes and valid >= room
         if full:
             changes = cache.step(held, end - room, held.ids(request, room))
@@ -264,7 +267,7 @@ class BlockManager:
         self._waiting.pop(request.request_id, None)
         held = self._held.pop(request.request_id, None)
         if held is not None:
-            self._publish(held, request, request.num_computed_tokens - request.num_in_flight_tokens)
+            self._publish(held, request, held.valid_tokens(request))
         return held
 
     def remove_skipped_blocks(

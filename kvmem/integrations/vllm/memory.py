@@ -20,7 +20,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from kvmem import DeviceError, SpecError
-from kvmem.arguments import format_bytes
 from kvmem.memory.device import open_device
 
 __all__ = ["LazyMemory", "Placement", "Reservation", "lazy_memory"]
@@ -176,10 +175,6 @@ class LazyMemory(TorchFunctionMode):
             else:
                 ranges += [(offset + block * stride, offset + block * stride + page) for block in wanted.tolist()]
         return self._memory.release(ranges)
-
-    def __repr__(self) -> str:
-        size = 0 if self._memory is None else self._memory.tensor.numel()
-        return f"LazyMemory({format_bytes(self.resident_bytes)} of {format_bytes(size)} resident)"
 
 
 def lazy_memory(device: str | torch.device) -> LazyMemory:

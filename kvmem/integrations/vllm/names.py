@@ -17,16 +17,8 @@ from typing import Any, get_origin, get_type_hints
 from kvmem.errors import SpecError
 from kvmem.integrations.names import missing_arguments, missing_names
 
-__all__ = [
-    "SCHEDULER",
-    "VERSION",
-    "called_on",
-    "check_names",
-    "missing_arguments",
-    "missing_names",
-    "offers",
-    "vllm_version",
-]
+__all__ = ["SCHEDULER", "VERSION", "called_on", "check_names", "missing_arguments", "missing_names", "offers"]
+__all__ += ["vllm_version"]
 
 #: The version that the tests run, and the command that installs it on a machine without a GPU.
 VERSION = "0.32.0"

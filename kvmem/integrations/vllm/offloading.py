@@ -20,24 +20,22 @@ from kvmem.integrations.vllm import names
 from kvmem.integrations.vllm.density import EvictionOrder
 from kvmem.integrations.vllm.memory import Reservation
 
+_BASE, _POLICY = "vllm.v1.kv_offload.base", "vllm.v1.kv_offload.cpu.policies.base:CachePolicy"
+_CALLED = "on_store_miss on_request_finished evict clear mark_evictable mark_non_evictable"
 NAMES = (
-    *(f"vllm.v1.kv_offload.base:OffloadingSpec.{name}" for name in ("get_manager", "get_worker")),
-    *(
-        f"vllm.v1.kv_offload.base:OffloadingWorker.{name}"
-        for name in ("submit_store", "submit_load", "get_finished", "wait")
-    ),
-    "vllm.v1.kv_offload.base:TransferResult",
+    *(f"{_BASE}:OffloadingSpec.{name}" for name in ("get_manager", "get_worker")),
+    *(f"{_BASE}:OffloadingWorker.{name}" for name in ("submit_store", "submit_load", "get_finished", "wait")),
+    *(f"{_POLICY}.{name}" for name in _CALLED.split()),
+    f"{_BASE}:TransferResult",
+    "vllm.v1.kv_offload.cpu.spec:CPUOffloadingSpec.build_metric_definitions",
     "vllm.v1.kv_offload.cpu.manager:CPUOffloadingManager",
-    *(
-        f"vllm.v1.kv_offload.cpu.policies.base:CachePolicy.{name}"
-        for name in ("on_store_miss", "on_request_finished", "evict", "clear", "mark_evictable", "mark_non_evictable")
-    ),
 )
 names.check_names("kvmem's offloading", NAMES)  # before the imports below, which would say less
 
 from vllm.v1.kv_offload.base import OffloadingSpec, OffloadingWorker, TransferResult  # noqa: E402
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager  # noqa: E402
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy  # noqa: E402
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec  # noqa: E402
 
 __all__ = ["DensityPolicy", "KvmemOffloadingSpec"]
 
@@ -69,6 +67,11 @@ class KvmemOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
             raise SpecError(f"cpu_bytes_to_use: got {room} bytes; one chunk takes {self._chunk_bytes}")
         self._manager: Any = None
         self._worker: Any = None
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        """Return what vLLM's manager counts; a server ends at a number that is not declared."""
+        return dict(CPUOffloadingSpec.build_metric_definitions(extra_config))
 
     def get_manager(self) -> Any:
         if self._manager is None:

@@ -29,33 +29,30 @@ _STEPS: Final = 64  # between two questions to a manager that tells which blocks
 _Run = Callable[[int, int, int], int]
 
 
-class _Names:
-    """A set of names that forgets the oldest."""
-
-    def __init__(self) -> None:
-        self._names: OrderedDict[Name, None] = OrderedDict()
-
-    def __contains__(self, name: Name) -> bool:
-        return name in self._names
+class _Names(OrderedDict[Name, int]):
+    """Names that forget the oldest, each with a number: 0, when it is added."""
 
     def add(self, name: Name) -> None:
-        self._names[name] = None
-        if len(self._names) > _MOST_NAMES:
-            self._names.popitem(last=False)
+        self[name] = 0
+        if len(self) > _MOST_NAMES:
+            self.popitem(last=False)
 
     def remove(self, names: Iterable[Name]) -> None:
         for name in names:
-            self._names.pop(name, None)
+            self.pop(name, None)
 
 
 class _Request:
-    """done: by group, how many blocks were looked at for saving. look: what shared tiers answer, until ``late``."""
+    """done: by group, how many blocks were looked at for saving. look: what shared tiers answer from the token
+    ``looked`` on, until ``late``.
+    """
 
     def __init__(self, request: Any, chain: Chain, groups: int) -> None:
         self.request, self.chain, self.done = request, chain, [0] * groups
         self.asked = 0  # tokens that vLLM had by itself when it asked
         self.memo: tuple[tuple[int, int, int], int] | None = None  # what decided an answer, and the answer
         self.look: Future[int] | None = None
+        self.looked = 0
         self.late = 0.0
         self.failed = False  # a load failed: what is left is computed
 
@@ -86,7 +83,8 @@ class Planner:
         self._background = Background(2, "kvmem-lookup") if shared else None
         self._requests: dict[str, _Request] = {}
         self._held: Counter[Name] = Counter()  # on how many ranks host memory has a block
-        self._saved, self._failed = _Names(), _Names()
+        self._saved = _Names()
+        self._failed = _Names()  # and how many ranks have saved the block again
         self._learned = 0  # reports
         self._step = Step()
         self._log = FaultLog("kvmem's connector")
@@ -120,14 +118,14 @@ class Planner:
             return 0, False
         state.chain.extend(request.all_token_ids, limit)
         state.asked = computed
-        if self._background is None:  # vLLM asks again at each step that finds no room
+        if self._background is None or self._background.is_stuck:  # vLLM asks again at each step that finds no room
             question = computed, limit, self._learned
             if state.memo is None or state.memo[0] != question:
                 state.memo = question, self._longest(computed, limit, self._run_of(state.chain, ()))
             end = state.memo[1]
         else:
-            if state.look is None or self._clock() > state.late + self._deadline:
-                state.late = self._clock() + self._deadline
+            if state.look is None or computed < state.looked or self._clock() > state.late + self._deadline:
+                state.late, state.looked = self._clock() + self._deadline, computed
                 state.look = self._background.submit(lambda: self._ask(state.chain, computed, limit))
             if not state.look.done() and self._clock() < state.late:
                 self._step.waits = True
@@ -137,11 +135,12 @@ class Planner:
         return found, found > 0 and self._asynchronous
 
     def _answer(self, state: _Request, computed: int, limit: int) -> int:
-        assert state.look is not None
-        if state.look.done() and not state.look.cancelled() and state.look.exception() is None:
+        assert state.look is not None and self._background is not None
+        why: object = f"no answer within {self._deadline:g} s"
+        if state.look.cancelled() or not state.look.done():
+            self._background.leave(state.look)
+        elif (why := state.look.exception()) is None:
             return min(limit, state.look.result())
-        why = state.look.exception() if state.look.done() else f"no answer within {self._deadline:g} s"
-        state.look.cancel()
         self._log.warn("lookup", f"what the tiers hold is not known: {why}")
         return self._longest(computed, limit, self._run_of(state.chain, ()))
 
@@ -174,7 +173,13 @@ class Planner:
 
     def _most(self, rank: int, tiers: Sequence[Tier], names: Sequence[Name]) -> int:
         keys = [tier_key(self._ranks[rank], name) for name in names]
-        return max((tier.contains(keys) for tier in tiers), default=0)
+        most = 0
+        for tier in tiers:
+            try:
+                most = max(most, min(len(keys), tier.contains(keys)))
+            except Exception as error:  # noqa: BLE001  whatever a tier raises, the others may have the blocks
+                self._log.warn("lookup", f"{tier.name}: {type(error).__name__}: {error}")
+        return most
 
     def _longest(self, computed: int, limit: int, run: _Run) -> int:
         """Return the longest prefix, in tokens, of which each group has what attention behind it reads."""
@@ -190,11 +195,13 @@ class Planner:
         return end
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], tokens: int) -> None:
-        """vLLM has made room for the tokens of ``matched``: load them."""
+        """vLLM has made room for the request, and takes so many tokens of ``matched``: load them."""
         state = self._requests.get(request.request_id)
-        if state is None or tokens <= 0:
+        if state is None:
             return
-        state.look = None
+        state.look = None  # if it is preempted, tiers have more by then
+        if tokens == 0:
+            return
         end, blocks = state.asked + tokens, []
         for g, group in enumerate(self._groups):
             size = group.block_size
@@ -255,18 +262,17 @@ class Planner:
         self._held.update(report.held)
         for name in [n for n in report.held if self._held[n] > len(self._ranks)]:
             self._held[name] = len(self._ranks)  # it was put again
-        self._failed.remove(name for name, ranks in report.saved.items() if ranks == len(self._ranks))
+        again = [name for name in report.saved if name in self._failed]
+        for name in again:  # ranks do not end their saves at the same time
+            self._failed[name] += report.saved[name]
+        self._failed.remove(name for name in again if self._failed[name] >= len(self._ranks))
         for name in report.gone | report.failed:
             self._held.pop(name, None)
         for name in report.failed:
             self._failed.add(name)
         self._saved.remove(report.gone | report.failed | report.dropped)
-        for request_id in report.requests:
-            if request_id in self._requests:
-                self._requests[request_id].failed = True
-        if report.failed or report.dropped:
-            for state in self._requests.values():
-                state.done = [0] * len(self._groups)
+        for state in [self._requests[name] for name in report.requests if name in self._requests]:
+            state.failed, state.done = True, [0] * len(self._groups)  # what it computes now is saved
 
     # --- memory ---
 
@@ -314,12 +320,16 @@ class Planner:
     def reset(self) -> None:
         """Find nothing any more of what was saved so far, in no tier: the weights may have changed.
 
-        Names begin anew from random bytes, so what is saved from here on is found by this engine alone.
+        Names begin anew from random bytes, so what is saved from here on is found by this engine alone. A request that
+        has blocks from before is left alone: they must not be saved under new names.
         """
         self._keys = BlockKeys(os.urandom(32), self._keys.block_size)
         self._held.clear()
-        for request in [state.request for state in self._requests.values()]:
-            self.begin(request)
+        self._to_sweep, self._ended = len(self._used), True  # vLLM's own cache may have been emptied too
+        requests, self._requests = [state.request for state in self._requests.values()], {}
+        for request in requests:
+            if request.num_computed_tokens == 0:
+                self.begin(request)
 
     def close(self) -> None:
         """Close the shared tiers, once nobody asks them any more."""

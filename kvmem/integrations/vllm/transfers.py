@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -31,19 +31,21 @@ _PART_BYTES: Final = 16 << 20  # of a load: what one task reads
 _IDLE_SECONDS: Final = 0.005  # that a step without work waits, so that the engine leaves the cores to what it waits for
 
 
-class _Part:
-    """Some blocks of a load, under way from a deadline on."""
+class _Part(NamedTuple):
+    """Some blocks of a load, under way."""
 
-    def __init__(self, blocks: list[Block], staging: list[torch.Tensor], until: float) -> None:
-        self.blocks, self.staging, self.until = blocks, staging, until
-        self.future: Future[list[Result]]
+    blocks: list[Block]
+    staging: list[torch.Tensor]
+    future: Future[list[Result]]
 
 
 class _Loading:
-    """A load: what has not begun, what is under way, and which blocks are not in the KV cache yet."""
+    """A load: what has not begun, what is under way, and which blocks are not in the KV cache yet. It fails if nothing
+    comes ``until`` then.
+    """
 
-    def __init__(self, load: Load) -> None:
-        self.request_id, self.waiting = load.request_id, deque(load.blocks)
+    def __init__(self, load: Load, until: float) -> None:
+        self.request_id, self.waiting, self.until = load.request_id, deque(load.blocks), until
         self.missing = dict.fromkeys(load.blocks)
         self.parts: list[_Part] = []
 
@@ -52,8 +54,9 @@ class Transfers:
     """Called by one thread, the worker's.
 
     fingerprint: the rank's. tiers: the fastest first; a block is read from the first that has it, and written to all.
-    staging: bytes of memory on the way to and from tiers at most; a save that finds none is left out. deadline_seconds:
-    the longest that a tier may take for a part of a load. memory: what is under the KV cache, if it is kvmem's.
+    staging: bytes of memory on the way to tiers at most, and as many on the way from them; a save that finds none is
+    left out, a load waits. deadline_seconds: the longest that a load waits for its next part. memory: what is under the
+    KV cache, if it is kvmem's.
     """
 
     def __init__(
@@ -69,8 +72,9 @@ class Transfers:
     ) -> None:
         self._groups, self._fingerprint, self._tiers = tuple(groups), fingerprint, tuple(tiers)
         self._most, self._deadline, self._memory, self._clock = staging_bytes, deadline_seconds, memory, clock
+        self._part = min(_PART_BYTES, staging_bytes)
         self._host = next((tier for tier in tiers if isinstance(tier, HostTier)), None)
-        self._held: dict[bytes, Name] = {}  # what host memory has, by key
+        self._held: dict[bytes, Name] = {}  # what host memory has, by key; only the thread that saves uses it
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
         self._layers: dict[str, torch.Tensor] = {}  # uint8 [blocks, page_bytes] of each layer
         self._loaders = Background(2, "kvmem-load")
@@ -79,8 +83,9 @@ class Transfers:
         self._now: list[_Loading] = []  # loads that this step waits for
         self._saves: list[tuple[Block, torch.Tensor]] = []
         self._copied: set[str] = set()  # layers of this step that are in the staging memory of its saves
-        self._saving: list[tuple[list[Name], int, Future[tuple[list[Name], list[Name]]]]] = []
-        self._staged = 0
+        self._saving: list[tuple[int, Future[Report]]] = []
+        self._staged = self._fetching = 0  # bytes on the way to tiers, and from them
+        self._spoilt = False  # a load that this step waited for has failed
         self._report, self._failed_blocks, self._done = Report(), set[int](), set[str]()
         self._log = FaultLog("kvmem's connector")
 
@@ -89,16 +94,15 @@ class Transfers:
         storage = storage_of(kv_caches)
         for group in self._groups:
             for layer, place in group.layers.items():
-                if (
-                    layer not in kv_caches
-                    or kv_caches[layer].storage_offset() * kv_caches[layer].element_size() != place.offset
-                ):
+                tensor = kv_caches.get(layer)
+                if tensor is None or tensor.storage_offset() * tensor.element_size() != place.offset:
                     raise SpecError(f"kvmem's connector: layer {layer} does not lie where vLLM's config has it")
                 last = place.offset + (num_blocks - 1) * place.stride + place.page_bytes
                 if last > storage.numel():
                     raise SpecError(f"kvmem's connector: layer {layer} ends at {last} of {storage.numel()} bytes")
-                shape, strides = (num_blocks, place.page_bytes), (place.stride, 1)
-                self._layers[layer] = storage.as_strided(shape, strides, place.offset)
+                self._layers[layer] = storage.as_strided(
+                    (num_blocks, place.page_bytes), (place.stride, 1), place.offset
+                )
         if self._memory is not None:
             self._memory.place((place for g in self._groups for place in g.layers.values()), num_blocks)
 
@@ -108,7 +112,7 @@ class Transfers:
         """Start what a step asks for. in_step: its loads are for this step, and ``wait_for_layer`` waits for them."""
         if self._memory is not None:
             self._memory.release_blocks(step.released)
-        started = [_Loading(load) for load in step.loads]
+        started = [_Loading(load, self._clock() + self._deadline) for load in step.loads]
         self._loads += started
         self._now = started if in_step else []
         self._advance()
@@ -146,11 +150,12 @@ class Transfers:
         if step.saves:
             for layer in self._group_of:
                 self.save_layer(layer, step)
-        saves, self._saves, self._copied = self._saves, [], set()
-        if saves and self._failed_blocks:  # something may have been computed from what was not loaded
-            self._drop(saves)
-        elif saves:
-            self._start_saving([(block.name, staging) for block, staging in saves])
+        if self._spoilt:  # something may have been computed from what was not loaded
+            self._staged -= _bytes_of(staging for _, staging in self._saves)
+            self._report.dropped.update(block.name for block, _ in self._saves)
+        elif self._saves:
+            self._start_saving([(block.name, staging) for block, staging in self._saves])
+        self._saves, self._copied, self._spoilt = [], set(), False
         if idle and self._loads:
             self._wait(self._loads, _IDLE_SECONDS)
         elif idle and step.waits:
@@ -171,11 +176,7 @@ class Transfers:
 
     def _start_saving(self, saves: list[tuple[Name, torch.Tensor]]) -> None:
         future = self._savers.submit(partial(self._put, saves))
-        self._saving.append(([name for name, _ in saves], sum(staging.numel() for _, staging in saves), future))
-
-    def _drop(self, saves: Sequence[tuple[Block, torch.Tensor]]) -> None:
-        self._staged -= sum(staging.numel() for _, staging in saves)
-        self._report.dropped.update(block.name for block, _ in saves)
+        self._saving.append((_bytes_of(staging for _, staging in saves), future))
 
     # --- what has ended ---
 
@@ -196,77 +197,78 @@ class Transfers:
 
     def take_report(self) -> Report:
         """Return what the scheduler's half has to learn, once."""
-        for names, size, future in [one for one in self._saving if one[2].done()]:
-            self._saving.remove((names, size, future))
+        while self._saving and self._saving[0][1].done():  # one thread ends them in order
+            size, future = self._saving.pop(0)
             self._staged -= size
-            saved, held = future.result()  # it catches what tiers raise
-            self._report.saved.update(saved)
-            self._report.held.update(held)
-            self._report.dropped.update(set(names) - set(saved))
-        for key in self._host.take_evicted() if self._host else ():
-            if key in self._held:
-                self._report.gone.add(self._held.pop(key))
+            self._report.add(future.result())  # it catches what tiers raise
         report, self._report = self._report, Report()
         return report
 
     def _advance(self) -> None:
         """Start and end parts of loads."""
         for loading in list(self._loads):
-            for part in [p for p in loading.parts if p.future.done() or self._clock() >= p.until]:
+            for part in [part for part in loading.parts if part.future.done()]:
                 loading.parts.remove(part)
-                self._staged -= sum(staging.numel() for staging in part.staging)
-                if not self._take_in(loading, part):
-                    self._fail(loading)
+                self._fetching -= _bytes_of(part.staging)
+                loading.until = self._clock() + self._deadline
+                if reason := self._take_in(loading, part):
+                    self._fail(loading, reason)
                     break
-            while loading.waiting and (not loading.parts or self._staged + _PART_BYTES <= self._most):
+            if loading.missing and self._clock() >= loading.until:
+                self._report.failed.update(block.name for part in loading.parts for block in part.blocks)
+                self._fail(loading, f"no answer within {self._deadline:g} s")
+            elif loading.waiting and self._loaders.is_stuck:
+                self._fail(loading, "the tiers still owe earlier answers")
+            while loading.waiting and (not self._fetching or self._fetching + self._part <= self._most):
                 loading.parts.append(self._begin_part(loading))
-            if not loading.parts:
+            if not loading.parts and not loading.waiting:
                 self._loads.remove(loading)
                 if loading not in self._now:  # vLLM waits for the others by itself
                     self._done.add(loading.request_id)
 
     def _begin_part(self, loading: _Loading) -> _Part:
         blocks: list[Block] = []
-        size = 0
-        while loading.waiting and (not blocks or size < _PART_BYTES):
+        staging: list[torch.Tensor] = []
+        left = self._part
+        while loading.waiting:
+            size = self._groups[loading.waiting[0].name[0]].payload_bytes
+            if blocks and size > left:
+                break
             blocks.append(loading.waiting.popleft())
-            size += self._groups[blocks[-1].name[0]].payload_bytes
-        staging = [torch.empty(self._groups[b.name[0]].payload_bytes, dtype=torch.uint8) for b in blocks]
-        self._staged += sum(one.numel() for one in staging)
-        part = _Part(blocks, staging, self._clock() + self._deadline)
-        part.future = self._loaders.submit(partial(self._get, [b.name for b in blocks], staging))
-        return part
+            staging.append(torch.empty(size, dtype=torch.uint8))
+            left -= size
+        self._fetching += _bytes_of(staging)
+        return _Part(blocks, staging, self._loaders.submit(partial(self._get, [b.name for b in blocks], staging)))
 
-    def _take_in(self, loading: _Loading, part: _Part) -> bool:
-        """Copy what a part has read to the KV cache. False if some of it was not read."""
-        if not part.future.done():
-            part.future.cancel()
-            results = [Result(Status.FAILED, 0, f"no answer within {self._deadline:g} s")] * len(part.blocks)
-        else:
-            results = part.future.result()  # it catches what tiers raise
+    def _take_in(self, loading: _Loading, part: _Part) -> str:
+        """Copy what a part has read to the KV cache. Return why some of it was not read, or nothing."""
+        reason = ""
         found: list[tuple[Name, torch.Tensor]] = []
+        results = part.future.result()  # it catches what tiers raise
         for block, staging, result in zip(part.blocks, part.staging, results, strict=True):
             if not result.ok:
                 self._report.failed.add(block.name)
-                self._log.warn("load", f"a block was not loaded, and is computed: {result.reason}")
+                reason = result.reason or "a tier gives no reason"
                 continue
             at = 0
             for layer, place in self._groups[block.name[0]].layers.items():
                 self._layers[layer][block.block_id].copy_(staging[at : at + place.page_bytes])
                 at += place.page_bytes
             del loading.missing[block]
-            if self._host is not None and tier_key(self._fingerprint, block.name) not in self._held:
+            if self._host is not None and not self._host.contains([tier_key(self._fingerprint, block.name)]):
                 found.append((block.name, staging))  # from a lower tier: host memory takes it too
-        if found and self._staged + sum(staging.numel() for _, staging in found) <= self._most:
-            self._staged += sum(staging.numel() for _, staging in found)
+        if found and self._staged + _bytes_of(staging for _, staging in found) <= self._most:
+            self._staged += _bytes_of(staging for _, staging in found)
             self._start_saving(found)
-        return all(result.ok for result in results)
+        return reason
 
-    def _fail(self, loading: _Loading) -> None:
+    def _fail(self, loading: _Loading, reason: str) -> None:
         """Give a load up: blocks behind a gap are of no use."""
+        self._log.warn("load", f"blocks were not loaded, and are computed: {reason}")
         for part in loading.parts:
-            part.future.cancel()
-            self._staged -= sum(staging.numel() for staging in part.staging)
+            self._loaders.leave(part.future)
+            self._fetching -= _bytes_of(part.staging)
+        self._spoilt |= loading in self._now
         loading.parts, loading.waiting = [], deque()
         self._failed_blocks.update(block.block_id for block in loading.missing)
         self._report.requests.add(loading.request_id)
@@ -285,24 +287,19 @@ class Transfers:
             if not left:
                 break
             try:
-                found = tier.get([keys[i] for i in left], [views[i] for i in left])
-                if len(found) != len(left):
-                    raise ValueError(f"{len(found)} answers for {len(left)} keys")
+                answers = tier.get([keys[i] for i in left], [views[i] for i in left])
+                found = [_whole(answer, len(views[i])) for i, answer in zip(left, answers, strict=True)]
             except Exception as error:  # noqa: BLE001  whatever a tier raises, the blocks are computed
                 found = [Result(Status.FAILED, 0, f"{type(error).__name__}: {error}")] * len(left)
             for i, result in zip(left, found, strict=True):
-                whole = not result.ok or result.num_bytes == len(views[i])
-                if result.status is not Status.MISS or not results[i].reason:
-                    reason = f"the payload has {result.num_bytes} of {len(views[i])} bytes"
-                    results[i] = result if whole else Result(Status.CORRUPT, 0, reason)
+                if result.status is not Status.MISS:
+                    results[i] = result
         return results
 
-    def _put(self, saves: Sequence[tuple[Name, torch.Tensor]]) -> tuple[list[Name], list[Name]]:
-        """Return the names that some tier has now, and those that host memory has."""
+    def _put(self, saves: Sequence[tuple[Name, torch.Tensor]]) -> Report:
+        """Return what has become of the blocks, and what has left host memory for them."""
         keys = [tier_key(self._fingerprint, name) for name, _ in saves]
         views = [staging.numpy().data for _, staging in saves]
-        if self._host is not None:
-            self._held.update((key, name) for key, (name, _) in zip(keys, saves, strict=True))
         saved: set[int] = set()
         for tier in self._tiers:
             try:
@@ -312,8 +309,16 @@ class Transfers:
                 saved |= {*range(have), *(have + i for i, result in enumerate(results) if result.ok)}
             except Exception as error:  # noqa: BLE001  whatever a tier raises, the blocks are not saved
                 self._log.warn("save", f"{tier.name}: {type(error).__name__}: {error}")
-        held = [i for i, key in enumerate(keys) if self._host is not None and self._host.contains([key])]
-        return [saves[i][0] for i in sorted(saved)], [saves[i][0] for i in held]
+        report = Report()
+        report.saved.update(saves[i][0] for i in saved)
+        report.dropped.update(name for i, (name, _) in enumerate(saves) if i not in saved)
+        if self._host is not None:
+            held = {key: name for key, (name, _) in zip(keys, saves, strict=True) if self._host.contains([key])}
+            self._held |= held
+            report.held.update(held.values())
+            gone = {key for key in self._host.take_evicted() if key in self._held and not self._host.contains([key])}
+            report.gone.update(self._held.pop(key) for key in gone)
+        return report
 
     def close(self) -> None:
         """Finish what is under way, as long as the deadline allows, and close the tiers."""
@@ -324,3 +329,14 @@ class Transfers:
                 tier.close()
             except KVMemError as error:
                 self._log.warn("close", str(error))
+
+
+def _bytes_of(staging: Iterable[torch.Tensor]) -> int:
+    return sum(one.numel() for one in staging)
+
+
+def _whole(answer: Result, size: int) -> Result:
+    """Return a tier's answer, which is no success unless it has all bytes."""
+    if answer.ok and answer.num_bytes != size:
+        return Result(Status.CORRUPT, 0, f"the payload has {answer.num_bytes} of {size} bytes")
+    return answer

@@ -166,12 +166,19 @@ def context(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     said = types.SimpleNamespace(
         model=types.SimpleNamespace(
-            model_path="org/model", revision="1", quantization=None, dtype="auto", json_model_override_args="{}"
+            model_path="org/model",
+            revision="1",
+            quantization=None,
+            dtype="auto",
+            json_model_override_args="{}",
+            load_format="auto",
         ),
+        lora=types.SimpleNamespace(enable_lora=True, lora_paths=None),
         parallel=types.SimpleNamespace(dp_rank=None, attn_dp_rank=0),
         serving=types.SimpleNamespace(weight_version="default"),
     )
     monkeypatch.setattr(config, "get_model", lambda: said.model)
+    monkeypatch.setattr(config, "get_lora", lambda: said.lora)
     monkeypatch.setattr(config, "get_parallel", lambda: said.parallel)
     monkeypatch.setattr(config, "get_serving", lambda: said.serving)
     return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,9 @@ def test_what_keys_cover(pool: Any, tier: DictTier, context: Any) -> None:  # no
         (context.model, "model_path", "org/other"),
         (context.model, "revision", "2"),
         (context.model, "json_model_override_args", '{"rope_theta": 1}'),
+        (context.model, "load_format", "dummy"),
         (context.serving, "weight_version", "2"),
+        (context.lora, "lora_paths", [SimpleNamespace(lora_path="org/adapter")]),
     ]:
         before = getattr(said, name)
         setattr(said, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvmem.integrations.names import missing_arguments, missing_names
 from kvmem.integrations.sglang.keys import PageKeys, Rank, fingerprint
 from kvmem.integrations.sglang.names import LINKER, STORAGE, check_names
 from kvmem.integrations.sglang.pages import PoolPages
+from kvmem.integrations.sglang.store import ends_of_runs
 from kvmem.integrations.tier_list import open_tiers
 from kvmem.integrations.weights import weights_name
 from kvmem.tiers.base import Result, Status
@@ -111,10 +113,23 @@ def test_no_other_tier_gets_a_buffer_that_a_late_one_may_write_to(slow: DictTier
     store.close()
 
 
-def test_a_tier_that_answers_for_fewer_keys() -> None:
-    tier = DictTier()
-    tier.get = lambda keys, buffers: []  # type: ignore[method-assign]
-    assert open_store(tier).get(KEYS[:2], views(2))[1].reason == "0 answers for 2 keys"
+@pytest.mark.parametrize("answer", [[], [None, None], None, 7])
+def test_a_tier_that_answers_with_anything(answer: Any) -> None:
+    tier, right = DictTier(), DictTier()
+    right.put(KEYS[:2], views(2))
+    tier.get = tier.put = tier.contains = lambda *given: answer  # type: ignore[method-assign]
+    store = open_store(tier, right)
+    assert all(result.ok for result in store.get(KEYS[:2], views(2)))
+    assert "no answer for 1 keys" in store.get(KEYS[3:4], views(1))[0].reason
+    assert store.put(KEYS[2:3], views(1))[0].ok
+    assert store.leading(KEYS) == (8 if answer == 7 else 3) and len(store.present(KEYS)) == len(KEYS)
+
+
+def test_ends_of_runs(rng: random.Random) -> None:
+    for _ in range(200):
+        there, window = [rng.random() < 0.7 for _ in range(rng.randint(0, 12))], rng.randint(1, 8)
+        wanted = {end for end in range(1, len(there) + 1) if all(there[max(0, end - window) : end])}
+        assert ends_of_runs(there, window) == wanted
 
 
 def test_what_a_tier_raises_is_a_result() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,6 +108,28 @@ def test_pages_as_flat_tensors(storage: KVMemStorage, pool: Any) -> None:
     assert torch.equal(found[0], pages[1]) and found[1] is None
     own = storage.get("c")
     assert own is not None and torch.equal(own, pages[0])
+
+
+def test_a_late_tier_does_not_write_to_memory_of_sglangs(
+    storage: KVMemStorage,
+    pool: Any,
+    tier: DictTier,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage.batch_set(["a"], [page_of(pool, 0)])
+    gate, answered, get = threading.Event(), threading.Event(), tier.get
+
+    def late(keys: Any, buffers: Any) -> Any:
+        gate.wait(20)
+        found = get(keys, buffers)
+        answered.set()
+        return found
+
+    monkeypatch.setattr(tier, "get", late)
+    target = pool.get_dummy_flat_data_page().fill_(7)
+    assert storage.get("a", target) is None
+    gate.set()
+    assert answered.wait(10) and bool((target == 7).all())
 
 
 def test_several_pools(pool: Any, tier: DictTier, context: Any) -> None:  # noqa: F811

@@ -89,6 +89,7 @@ class StubRequest:
     num_preemptions: int = 0
     lora_request: Any = None
     prompt_embeds: Any = None
+    resumable: bool = False
     mm_features: list[Any] = field(default_factory=list)
     prompt: int = 0
 

@@ -11,8 +11,17 @@ import pytest
 import torch
 
 from kvmem import SpecError
-from kvmem.integrations.vllm.blocks import Report, chain_of, groups_of, ranks_of, storage_of, tier_key
+from kvmem.integrations.vllm.blocks import (
+    Report,
+    chain_of,
+    groups_of,
+    names_images,
+    ranks_of,
+    storage_of,
+    tier_key,
+)
 from kvmem.integrations.vllm.config import Options
+from kvmem.integrations.weights import weights_name
 from kvmem.tiers.keys import BlockKeys
 
 KEYS = BlockKeys(b"test", 4)
@@ -48,12 +57,15 @@ def cache_config(*specs: Any, **changed: Any) -> Any:
 
 def engine(**changed: Any) -> Any:
     given = {"model": "org/model", "revision": "abc", "dtype": torch.float32, "quantization": None, "cache_dtype": "auto",
-             "config": {"rope_theta": 1e4, "_name_or_path": "anywhere"}, "ranks": 1, "pipeline": 1} | changed  # fmt: skip
+             "config": {"rope_theta": 1e4, "_name_or_path": "anywhere"}, "ranks": 1, "pipeline": 1, "max_len": 4096,
+             "load_format": "auto", "images": None} | changed  # fmt: skip
     model = Thing(model=given["model"], revision=given["revision"], dtype=given["dtype"], quantization=given["quantization"],
+                  max_model_len=given["max_len"], multimodal_config=Thing(mm_processor_kwargs=given["images"]),
                   hf_config=Thing(to_dict=lambda: given["config"]))  # fmt: skip
     parallel = Thing(tensor_parallel_size=given["ranks"], pipeline_parallel_size=given["pipeline"],
                      decode_context_parallel_size=1, prefill_context_parallel_size=1)  # fmt: skip
-    return Thing(model_config=model, parallel_config=parallel, cache_config=Thing(cache_dtype=given["cache_dtype"]))
+    return Thing(model_config=model, parallel_config=parallel, cache_config=Thing(cache_dtype=given["cache_dtype"]),
+                 load_config=Thing(load_format=given["load_format"]))  # fmt: skip
 
 
 def test_the_fingerprint_covers_what_the_bytes_depend_on() -> None:
@@ -74,6 +86,9 @@ def test_the_fingerprint_covers_what_the_bytes_depend_on() -> None:
         "groups": (engine(), cache_config(FullAttentionSpec(), SlidingWindowSpec()), "0.32.0", ["cpu", "vec"], ""),
         "layout": (engine(), other_layout, "0.32.0", ["cpu", "vec"], ""),
         "version": (engine(), plain, "0.33.0", ["cpu", "vec"], ""),
+        "longest request": (engine(max_len=8192), plain, "0.32.0", ["cpu", "vec"], ""),
+        "random weights": (engine(load_format="dummy"), plain, "0.32.0", ["cpu", "vec"], ""),
+        "pictures": (engine(images={"max_pixels": 9}), plain, "0.32.0", ["cpu", "vec"], ""),
         "isa": (engine(), plain, "0.32.0", ["cpu", "amx"], ""),
         "ranks": (engine(ranks=2), plain, "0.32.0", ["cpu", "vec"], ""),
     }
@@ -85,13 +100,39 @@ def test_the_fingerprint_covers_what_the_bytes_depend_on() -> None:
     )
 
 
-def test_a_folder_of_weights_is_named_by_its_files(tmp_path: Any) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    config = engine(model=str(tmp_path), revision=None)
-    before = ranks_of(config, cache_config(FullAttentionSpec()), "0", [], "")
-    assert before == ranks_of(config, cache_config(FullAttentionSpec()), "0", [], "")
-    (tmp_path / "model.safetensors").write_bytes(b"other weights")
-    assert before != ranks_of(config, cache_config(FullAttentionSpec()), "0", [], "")
+def test_weights_that_lie_in_files_are_named_by_them(tmp_path: Any) -> None:
+    """A folder, a file, and an adapter."""
+
+    def found(path: Any, adapter: int) -> list[Any]:
+        adapted = request(list(range(8)), lora_request=lora("x", str(path), number=adapter))
+        config = engine(model=str(path), revision=None)
+        return [ranks_of(config, cache_config(FullAttentionSpec()), "0", [], ""), names(adapted, list(range(8)))]
+
+    weights = tmp_path / "model.gguf"
+    weights.write_bytes(b"weights")
+    before = [found(path, 1) for path in (tmp_path, weights)]
+    assert before == [found(path, 1) for path in (tmp_path, weights)]
+    weights.write_bytes(b"other weights")
+    after = [found(path, 2) for path in (tmp_path, weights)]  # the engine loads an adapter again under another number
+    assert all(
+        one != other for old, new in zip(before, after, strict=True) for one, other in zip(old, new, strict=True)
+    )
+
+
+def test_weights_of_a_hub_are_named_by_the_commit(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers no longer keeps the commit in a model's config, and a branch moves."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub keeps the cache that is read")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    named = [weights_name("org/model", None)]
+    repository = tmp_path / "models--org--model"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        (repository / "refs" / "main").write_text(commit)
+        named += [weights_name("org/model", None), weights_name("org/model", "a" * 40)]
+        assert weights_name("org/model", "main") == named[-2]
+    assert len(set(named)) == 3 and named[1] == named[2] == named[4]
 
 
 def request(tokens: list[int], **given: Any) -> Any:
@@ -99,8 +140,8 @@ def request(tokens: list[int], **given: Any) -> Any:
                      "lora_request": None, "cache_salt": None, "mm_features": []} | given))  # fmt: skip
 
 
-def lora(name: str, path: str, inplace: bool = False) -> Any:
-    return Thing(lora_name=name, lora_path=path, load_inplace=inplace)
+def lora(name: str, path: str, inplace: bool = False, number: int = 1) -> Any:
+    return Thing(lora_name=name, lora_path=path, load_inplace=inplace, lora_int_id=number)
 
 
 def image(offset: int, identifier: str) -> Any:
@@ -132,6 +173,28 @@ def test_names_cover_tokens_salt_adapter_and_what_is_no_token() -> None:
                     {"lora_request": lora("x", "/x", inplace=True)}):  # fmt: skip
         assert chain_of(request(tokens, **unknown), KEYS) is None
     assert len({tier_key(rank, (g, b"d")) for rank in (b"a" * 32, b"b" * 32) for g in (0, 1)}) == 4
+
+
+def test_images_that_are_only_numbered_have_no_name() -> None:
+    def config(caches: tuple[float, bool] | None) -> Any:
+        images = None if caches is None else Thing(mm_processor_cache_gb=caches[0])
+        cache = Thing(enable_prefix_caching=caches is not None and caches[1])
+        return Thing(model_config=Thing(multimodal_config=images), cache_config=cache)
+
+    assert [names_images(config(c)) for c in (None, (4.0, False), (0.0, True), (0.0, False))] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_an_adapter_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: str, revision: str | None) -> str:
+        raise PermissionError(path)
+
+    monkeypatch.setattr("kvmem.integrations.vllm.blocks.weights_name", refused)
+    assert chain_of(request([1], lora_request=lora("x", "/unreadable")), KEYS) is None
 
 
 def test_a_chain_grows_with_its_tokens(rng: random.Random) -> None:
@@ -186,8 +249,8 @@ def test_options_that_are_wrong(given: dict[str, Any], complaint: str) -> None:
 def test_tiers_are_opened_by_type(tmp_path: Any) -> None:
     disk = {"type": "disk", "path": str(tmp_path), "capacity": "1MiB"}
     options = Options.of({"tiers": [{"type": "host", "capacity": "1MiB"}, disk]})
-    writers = options.open_tiers(1, b"f" * 32, 1000)
-    (reader,) = options.open_tiers(1, b"f" * 32, 1000, read_only=True)
+    writers = options.open_tiers("rank-1", 1000)
+    (reader,) = options.open_tiers("rank-1", 1000, read_only=True)
     assert [tier.name for tier in (*writers, reader)] == ["host", "disk", "disk"] and (tmp_path / "rank-1").is_dir()
     writers[1].put([b"k" * 32], [memoryview(b"x" * 10)])
     until = time.monotonic() + 10
@@ -204,7 +267,7 @@ def test_tiers_are_opened_by_type(tmp_path: Any) -> None:
         ({"type": "collections:OrderedDict"}, "is no kvmem.tiers.Tier"),
     ):
         with pytest.raises(SpecError, match=complaint):
-            Options.of({"tiers": [wrong]}).open_tiers(0, b"f" * 32, 1000)
+            Options.of({"tiers": [wrong]}).open_tiers("rank-0", 1000)
 
 
 def test_reports_of_ranks_are_added() -> None:

@@ -164,13 +164,17 @@ def test_what_the_kv_depends_on_beside_its_tokens() -> None:
     tokens = list(range(20))
     image = SimpleNamespace(mm_position=SimpleNamespace(offset=8), identifier="image 1")
     kinds: list[dict[str, Any]] = [
-        {}, {"cache_salt": "tenant"}, {"lora_request": SimpleNamespace(lora_name="adapter")}, {"mm_features": [image]},
+        {}, {"cache_salt": "tenant"}, {"mm_features": [image]},
+        {"lora_request": SimpleNamespace(lora_name="adapter", lora_path="/a")},
+        {"lora_request": SimpleNamespace(lora_name="adapter", lora_path="/b")},  # the name was given to another
     ]  # fmt: skip
     for i, kind in enumerate(kinds):
         for j, hits in enumerate([8 if "mm_features" in kind else 0, 16]):  # tokens before the image are the same
             request = StubRequest(f"{i} {j}", list(tokens), 1, **kind)
             assert manager.get_computed_blocks(request)[1] == hits
             manager.allocate_slots(request, 20 - hits, hits)
+    session = StubRequest("session", list(tokens), 1, resumable=True)  # images may be added to it later
+    assert manager.get_computed_blocks(session)[1] == 0
 
 
 def test_a_hit_that_is_gone_is_no_hit() -> None:
@@ -198,6 +202,21 @@ def test_loads_of_a_connector_are_published_when_it_says_so() -> None:
     assert manager.get_computed_blocks(other)[1] == 8
     assert len(manager.allocate_slots(request, 16).ids) == 1  # the two are still its own
     assert len(manager.get_block_ids("a")[0]) == 3
+
+
+def test_a_load_that_was_not_confirmed_is_not_published() -> None:
+    """vLLM frees an aborted request when its load has ended, well or not, with all its tokens counted as computed."""
+    for later, new in ((True, 0), (False, 8)):  # with the load in the same step, the abort comes before its output
+        manager = open_manager(20, ahead=False)
+        gone, other = StubRequest("gone", list(range(24)), 4), StubRequest("other", list(range(24)), 4)
+        manager.allocate_slots(gone, new, num_external_computed_tokens=16, delay_cache_blocks=later)
+        gone.num_computed_tokens, gone.num_in_flight_tokens = 16 + new, new
+        manager.free(gone)
+        assert manager.get_computed_blocks(other)[1] == 0 and manager.usage == 0
+    manager.allocate_slots(other, 8, num_external_computed_tokens=16)
+    other.num_computed_tokens = 24  # the output has told nothing bad
+    manager.free(other)
+    assert manager.get_computed_blocks(gone)[1] == 16
 
 
 @pytest.mark.parametrize("case", ["small pool", "no prefix cache", "window"])

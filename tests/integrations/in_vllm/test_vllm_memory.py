@@ -146,8 +146,8 @@ def test_vllms_own_pool_is_swept_for_blocks_without_user_and_content() -> None:
         found += released(planner)
     assert set(found) - {500} == set(range(2, 500, 2))  # 500 is the free neighbour of 499
     for block in pool[1:]:
-        block.block_hash = None  # reset_prefix_cache
-    planner.end("other")
+        block.block_hash = None  # reset_prefix_cache, with reset_connector; no request needs to come
+    planner.reset()
     found = []
     while planner.has_memory_to_release:
         found += released(planner)

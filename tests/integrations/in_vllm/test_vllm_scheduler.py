@@ -177,3 +177,17 @@ def test_the_policy_is_an_option() -> None:
         assert drive.open_scheduler(
             "kvmem", sizes(50), options={"policy": policy}
         ).kv_cache_manager.allocator.append_only
+
+
+def test_what_offloading_counts_is_declared_to_prometheus() -> None:
+    """A server's output loop ends at a number without a declaration, and the server with it."""
+    offloading = pytest.importorskip("kvmem.integrations.vllm.offloading", reason="needs vLLM, as all of this file")
+    context = SimpleNamespace(get_state=lambda _: None, set_state=lambda _: None)
+    for extra in ({}, {"store_threshold": 2}):
+        spec = object.__new__(offloading.KvmemOffloadingSpec)
+        spec._manager, spec._num_chunks, spec.extra_config = None, 4, extra
+        spec.kv_events_config = SimpleNamespace(enable_kv_cache_events=False)
+        manager = spec.get_manager()
+        manager.prepare_store([b"k" * 36], context)
+        told = set(manager.get_stats().data["types"])
+        assert told and told <= set(spec.build_metric_definitions(extra))

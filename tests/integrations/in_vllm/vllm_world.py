@@ -269,7 +269,7 @@ class World:
     def settle(self) -> None:
         """Wait until everything that was saved is told."""
         while self.transfers._saving:
-            self.transfers._saving[0][2].exception(10)
+            self.transfers._saving[0][1].exception(10)
             self.planner.learn(self.transfers.take_report())
 
     def close(self) -> None:
