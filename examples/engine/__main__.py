@@ -1,8 +1,9 @@
 """``python -m examples.engine``: opens the model, the cache and a socket, and serves."""
 
 import argparse
+import signal
 import socket
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def main(asked: argparse.Namespace) -> None:
         listening = stack.enter_context(socket.create_server((asked.host, asked.port)))
         print("http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
         app = Server(scheduler, tokenizer, Path(asked.model).name).app
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)).run(sockets=[listening])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn ends, and then raises the signal again
+        with suppress(KeyboardInterrupt):
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
+            uvicorn.Server(config).run(sockets=[listening])
         if tiers is not None:
             allocator.flush(10)  # seconds
 

@@ -56,7 +56,7 @@ PARTS = [
     ("tests/transport", ["tests/transport"], [], 490),
     ("tests/integrations/in_vllm", ["tests/integrations/in_vllm"], [], 2_400),
     ("tests/integrations/in_sglang", ["tests/integrations/in_sglang"], [], 1_390),
-    ("tests/engine", ["tests/engine"], [], 760),
+    ("tests/engine", ["tests/engine"], [], 930),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 15
 # Each has its reason in docs/decisions.md, "Sizes".
