@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,6 +216,27 @@ def test_openvino_leaves_plain_elements(backend: str, seed: int) -> None:
     whole = openvino.cache_inputs(world.alloc)
     assert sorted(whole) == ["key_cache.0", "key_cache.1", "value_cache.0", "value_cache.1"]
     assert whole["value_cache.1"].ctypes.data == world.alloc.kv_by_head(1)[1].data_ptr()
+
+
+def test_two_threads_share_a_compiled_layer(seed: int) -> None:
+    """Each has an allocator of its own, and attends to its own tokens."""
+    worlds, wrong = [World("OpenVINO", "paged", seed + n) for n in range(2)], []
+
+    def attend(world: World) -> None:
+        try:
+            seq = world.open()
+            for _ in range(60):
+                world.step({seq: 5})
+        except BaseException as error:  # noqa: BLE001  an assertion in a thread would be lost
+            wrong.append(error)
+
+    attend(worlds[0])  # compiles it
+    threads = [Thread(target=attend, args=(world,)) for world in worlds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
 
 
 def test_every_foreign_name_is_there() -> None:
