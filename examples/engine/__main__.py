@@ -34,6 +34,8 @@ def arguments() -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0: any that is free; it is printed")
     asked = parser.parse_args()
+    if asked.threads < 1 or not 0 <= asked.port < 65_536:
+        parser.error("--threads is 1 or more, --port 0 to 65535")
     return asked if asked.host_memory or not asked.disk else parser.error("--disk needs --host-memory")
 
 

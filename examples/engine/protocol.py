@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 Json = dict[str, Any]
 Text = Annotated[str, Field(min_length=1)]
@@ -57,7 +56,7 @@ class Call(BaseModel):
         for name, only in _ONLY.items():
             value = given.get(name, only)
             if value != only or isinstance(value, bool) != isinstance(only, bool):
-                raise PydanticCustomError("not_built", f"{name}: not supported by this server")
+                raise ApiError(400, f"{name}: not supported by this server", name)
         return given
 
 
@@ -101,5 +100,4 @@ def parse(kind: type[Completion | Chat], body: bytes) -> Completion | Chat:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0]) if first["loc"] else "body"
-        status = 400 if first["type"] in ("json_invalid", "not_built") else 422
-        raise ApiError(status, f"{field}: {first['msg']}", field) from None
+        raise ApiError(400 if first["type"] == "json_invalid" else 422, f"{field}: {first['msg']}", field) from None
