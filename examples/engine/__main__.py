@@ -1,8 +1,9 @@
 """``python -m examples.engine``: opens the model, the cache and a socket, and serves."""
 
 import argparse
+import signal
 import socket
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def arguments() -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0: any that is free; it is printed")
     asked = parser.parse_args()
+    if asked.threads < 1 or not 0 <= asked.port < 65_536:
+        parser.error("--threads is 1 or more, --port 0 to 65535")
     return asked if asked.host_memory or not asked.disk else parser.error("--disk needs --host-memory")
 
 
@@ -55,7 +58,10 @@ def main(asked: argparse.Namespace) -> None:
         listening = stack.enter_context(socket.create_server((asked.host, asked.port)))
         print("http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
         app = Server(scheduler, tokenizer, Path(asked.model).name).app
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)).run(sockets=[listening])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn ends, and then raises the signal again
+        with suppress(KeyboardInterrupt):
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
+            uvicorn.Server(config).run(sockets=[listening])
         if tiers is not None:
             allocator.flush(10)  # seconds
 

@@ -29,16 +29,18 @@ class Detokenizer:
         self._tokens.append(token)
         before = self._decode(self._tokens[self._first : self._read])
         after = self._decode(self._tokens[self._first :])
-        # A character has four bytes at most: after more tokens, these are none.
-        if last or not after.endswith("\ufffd") or len(self._tokens) - self._read >= 4:
+        # A character has four bytes at most: where four are none, no token completes them.
+        never = len(self._tokens) - self._read >= 4 and after.endswith("\ufffd" * 4)
+        if last or never or not after.endswith("\ufffd"):
             self._held += after[len(before) :]
             self._first, self._read = self._read, len(self._tokens)
         found = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
         if found >= 0:
             self.stopped = True
             return self._held[:found]
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        cut = len(self._held) - (0 if last else max(begun, default=0))
+        starts = range(len(self._held)) if self._stops and not last else ()
+        begun = (at for at in starts if any(stop.startswith(self._held[at:]) for stop in self._stops))
+        cut = next(begun, len(self._held))
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
@@ -58,7 +60,7 @@ class Answer:
         try:
             async for text, token, reason in self._pieces():
                 yield json.dumps(self._piece(text, [token], reason))
-            if self._call.stream_options.get("include_usage"):
+            if self._call.stream_options.include_usage:
                 yield json.dumps({**self._head, "choices": [], "usage": self._usage()})
             yield "[DONE]"
         except ApiError as error:
@@ -66,15 +68,14 @@ class Answer:
 
     async def whole(self, receive: Receive) -> Json:
         """The answer in one object. ``ApiError``, which nobody reads, if the client goes."""
-        texts, tokens, reason = "", list[int](), None
         watching = asyncio.create_task(self._until_gone(receive))
         try:
-            async for text, token, ending in self._pieces():
-                texts, reason = texts + text, ending
-                tokens.append(token)
+            texts, tokens, reasons = zip(*[piece async for piece in self._pieces()], strict=True)
+        except asyncio.CancelledError:  # the server stops, and waits no more
+            raise ApiError(503, "the server has stopped") from None
         finally:
             watching.cancel()
-        return self._piece(texts, tokens, reason) | {"usage": self._usage()}
+        return self._piece("".join(texts), list(tokens), reasons[-1]) | {"usage": self._usage()}
 
     async def _until_gone(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

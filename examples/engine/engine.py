@@ -1,7 +1,6 @@
 """The thread that runs the model. Requests and aborts go in through a queue, which it empties before each step. Tokens
 come out by one call into the server's event loop a step, into the queue of each client. That has room for a whole
-answer, so a slow client delays nobody.
-"""
+answer, so a slow client delays nobody."""
 
 import asyncio
 import queue
@@ -49,35 +48,29 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        """Of the thread."""
         scheduler = self._scheduler
         try:
             while self.alive:
-                idle = not scheduler.running and not scheduler.waiting
-                with suppress(queue.Empty):
-                    while True:
-                        self._inbox.get(block=idle)()
-                        idle = False
+                while not self._inbox.empty() or (self.alive and not scheduler.running and not scheduler.waiting):
+                    self._inbox.get()()
                 if outputs := scheduler.step():
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
                 elif not scheduler.running:
                     time.sleep(0.001)  # a tier brings what the first requests need
         finally:  # also after an error, which the thread's hook prints: nobody waits for ever
             self.alive = False
-            for request in [*scheduler.running, *scheduler.waiting]:
-                scheduler.abort(request)
             with suppress(RuntimeError):  # the loop has ended, and its clients with it
                 self._loop.call_soon_threadsafe(self._fail)
+            for request in [*scheduler.running, *scheduler.waiting]:
+                scheduler.abort(request)
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Of the loop, as ``_fail``."""
         for request, token, reason in outputs:
-            if (client := self._clients.get(request)) is None:
-                continue  # it is gone
-            client.put_nowait((token, reason))
-            self._metrics.token(request, reason is not None)
-            if reason is not None:
-                del self._clients[request]
+            if request in self._clients:  # else its client is gone
+                client = self._clients[request] if reason is None else self._clients.pop(request)
+                client.put_nowait((token, reason))
+                self._metrics.token(request, reason is not None)
 
     def _fail(self) -> None:
         while self._clients:

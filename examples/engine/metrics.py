@@ -23,7 +23,6 @@ class Metrics:
         self.registry.register(self)
 
     def token(self, request: Request, last: bool) -> None:
-        """A client has got one."""
         seconds = time.monotonic() - request.arrived
         if not request.answered:
             request.answered = True

@@ -1,7 +1,5 @@
 """A model of transformers over the flat tokens of a step: prompts, chunks of them and single tokens, without padding.
-
-For attention it calls ``_attend``: that writes K and V where the batch says, and reads the cache where it lies.
-"""
+Its attention, ``_attend``, writes K and V where the batch says, and reads the cache where it lies."""
 
 from typing import Any
 
@@ -28,9 +26,8 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 class Runner:
-    """Forward passes. model: a causal language model of transformers, on the CPU; its attention is replaced.
-    ``SpecError`` for one with sliding windows or states.
-    """
+    """Forward passes of a causal language model of transformers on the CPU, whose attention is replaced. ``SpecError``
+    for one with sliding windows or states."""
 
     def __init__(self, model: Any, allocator: kvmem.Allocator, *, max_rows: int, max_tokens: int) -> None:
         if len(allocator.spec.groups) > 1 or allocator.spec.groups[0].window_tokens is not None:
@@ -48,24 +45,26 @@ class Runner:
         handles: of sequences with room for the tokens. tokens: of one sequence after the other.
         """
         self._allocator.fill(handles, self._batch)
-        self._plan: Any = None
+        self._plans: dict[Any, Any] = {}
         last, positions = self._batch.cu_seqlens_q[1:].long()[rows] - 1, self._batch.positions.long()[None]
         options = {"position_ids": positions, "logits_to_keep": last, "use_cache": False, "runner": self}
         return self._model(torch.tensor([tokens]), **options).logits[0]
 
-    def attend(self, layer: int, scale: float | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        """q, and the result: ``[T, heads, width]``. The work is divided once, in the first layer."""
+    def attend(self, layer: int, how: dict[str, Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        """q, and the result: ``[T, heads, width]``. Layers that are alike share a plan. how: its options."""
         cache = self._allocator.kv(layer)
         write_kv(cache, self._batch, k, v)
-        if self._plan is None:
-            self._plan = cpu.plan(
+        key = (*q.shape[1:], *k.shape[1:], *v.shape[1:], *how.values())
+        if key not in self._plans:
+            self._plans[key] = cpu.plan(
                 self._batch, num_query_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2],
-                value_dim=v.shape[2], dtype=q.dtype, scale=scale, return_lse=False,
+                value_dim=v.shape[2], dtype=q.dtype, return_lse=False, **how,
             )  # fmt: skip
-        return self._plan(q, cache)[0]
+        return self._plans[key](q, cache)[0]
 
 
 def _attend(module: Any, q: Any, k: Any, v: Any, mask: None, *, runner: Runner, **options: Any) -> tuple[Any, None]:
     """As transformers calls it: ``[1, heads, T, width]`` in, ``[1, T, heads, width]`` out."""
+    how = {"scale": options.get("scaling"), "soft_cap": options.get("softcap"), "sinks": options.get("s_aux")}
     flat = (x[0].transpose(0, 1) for x in (q, k, v))
-    return runner.attend(module.layer_idx, options.get("scaling"), *flat)[None], None
+    return runner.attend(module.layer_idx, how, *flat)[None], None

@@ -2,14 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
-
-from examples.engine.sampling import Sampling
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 Json = dict[str, Any]
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# fail_fast: many wrong elements would make as many errors, for seconds in which nobody is served.
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 #: What would change the answer and is not built: refused, unless it asks for nothing.
 _ONLY: Json = {
     "n": 1, "best_of": 1, "echo": False, "logprobs": False, "suffix": "", "presence_penalty": 0, "min_tokens": 0,
@@ -23,9 +22,12 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.status = status
+        self.status, kind = status, "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+class StreamOptions(BaseModel):
+    include_usage: StrictBool = False
 
 
 class Call(BaseModel):
@@ -40,7 +42,7 @@ class Call(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=16)] = []
     stream: bool = False
-    stream_options: dict[str, bool] = {}
+    stream_options: StreamOptions = StreamOptions()
     ignore_eos: bool = False
     return_token_ids: bool = False
     cache_salt: Text | None = None
@@ -54,11 +56,8 @@ class Call(BaseModel):
         for name, only in _ONLY.items():
             value = given.get(name, only)
             if value != only or isinstance(value, bool) != isinstance(only, bool):
-                raise PydanticCustomError("not_built", f"{name}: not supported by this server")
+                raise ApiError(400, f"{name}: not supported by this server", name)
         return given
-
-    def sampling(self, max_tokens: int) -> Sampling:
-        return Sampling(max_tokens, self.temperature, self.top_p, max(0, self.top_k), self.seed, self.ignore_eos)
 
 
 class Completion(Call):
@@ -66,7 +65,6 @@ class Completion(Call):
     prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=1)]
 
     def tokens(self, tokenizer: Any) -> list[int]:
-        """The prompt's ids."""
         one: Any = self.prompt if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt[0]
         return list(tokenizer(one)["input_ids"] if isinstance(one, str) else one)
 
@@ -78,18 +76,21 @@ class Part(BaseModel):
 
 class Message(BaseModel):
     role: Text
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class Chat(Call):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def tokens(self, tokenizer: Any) -> list[int]:
         """The ids of the conversation up to where the assistant speaks."""
         said = [m.content if isinstance(m.content, str) else "".join(p.text for p in m.content) for m in self.messages]
         turns = [{"role": message.role, "content": text} for message, text in zip(self.messages, said, strict=True)]
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
+        try:
+            return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
+        except (TemplateError, ValueError) as error:  # such as roles that must alternate; or there is none
+            raise ApiError(400, f"messages: the model's chat template refuses them: {error}", "messages") from None
 
 
 def parse(kind: type[Completion | Chat], body: bytes) -> Completion | Chat:
@@ -99,5 +100,4 @@ def parse(kind: type[Completion | Chat], body: bytes) -> Completion | Chat:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0]) if first["loc"] else "body"
-        status = 400 if first["type"] in ("json_invalid", "not_built") else 422
-        raise ApiError(status, f"{field}: {first['msg']}", field) from None
+        raise ApiError(400 if first["type"] == "json_invalid" else 422, f"{field}: {first['msg']}", field) from None

@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 is greedy. top_k: 0 is all. seed: None draws another one each time."""
+    """temperature: 0 is greedy. top_k: below 1 is all. seed: None draws another one each time."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -21,6 +21,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     """The id of the next token. logits: ``[vocab]``. top_p: nucleus sampling (arXiv:1904.09751), within the top_k."""
     if sampling.temperature == 0:
         return int(logits.argmax())
+    logits = logits.double()  # as the options are: in float32 a small temperature, or top_p, would be 0
     values, ids = logits.topk(sampling.top_k) if 0 < sampling.top_k < len(logits) else logits.sort(descending=True)
     weights = ((values - values[0]) / sampling.temperature).softmax(-1)  # the largest is 0: no temperature overflows
     weights = weights[weights.cumsum(-1) - weights < sampling.top_p]  # the likeliest always stays

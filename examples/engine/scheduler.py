@@ -65,7 +65,7 @@ class Scheduler:
         self.running: list[Request] = []  # the oldest first
         self.counters: Counter[str] = Counter()
         self._run = Runner(model, allocator, max_rows=max_running, max_tokens=batch_tokens)
-        self._eos = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
+        self._eos = np.atleast_1d(model.generation_config.eos_token_id).tolist()  # [None]: there is none
         self.vocab_size = int(model.config.vocab_size)
         longest = range(1, 1 + min(allocator.max_tokens, model.config.max_position_embeddings))
         #: The most tokens, prompt and answer, of a request that is alone.
@@ -110,12 +110,11 @@ class Scheduler:
 
     def _plan(self, outputs: list[Output]) -> list[tuple[Request, int]]:
         """Requests, and how many tokens each computes in this step; room for these is made."""
-        plan, spare, before = [], self.batch_tokens - len(self.running), self.counters["preemptions"]
+        plan, spare, before, loading = [], self.batch_tokens - len(self.running), self.counters["preemptions"], 0
         for request in list(self.running):
             if request in self.running and (count := self._grow(request, 1 + spare, outputs)):
                 plan.append((request, count))
                 spare -= count - 1
-        loading = 0
         for request in list(self.waiting) if self.counters["preemptions"] == before else []:
             if spare < 1 or len(self.running) + loading >= self.max_running:
                 break
@@ -172,11 +171,9 @@ class Scheduler:
         token = choose(logits, request.sampling, request.generator)
         request.tokens.append(token)
         self.counters["generated_tokens"] += 1
-        reason = None
-        if len(request.tokens) - len(request.prompt) == request.sampling.max_tokens:
-            reason = "length"
-        if token in self._eos and not request.sampling.ignore_eos:
-            reason = "stop"
+        full = len(request.tokens) - len(request.prompt) == request.sampling.max_tokens
+        stops = token in self._eos and not request.sampling.ignore_eos
+        reason = "stop" if stops else "length" if full else None
         if reason is not None:
             self._end(request)
         return request, token, reason

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, NoReturn
@@ -82,7 +83,10 @@ class RankGroup:
         self.alloc, self.rank, self.ranks = alloc, dist.get_rank(group), dist.get_world_size(group)
         self._leader, self.leads = check_size("leader", leader, 0, self.ranks - 1), self.rank == leader
         if group is None:
-            group = dist.new_group(timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+            try:
+                group = dist.new_group(timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+            except (RuntimeError, ValueError) as error:
+                raise DeviceError(f"RankGroup: a rank is gone or did not come in time: {_text(error)}") from error
         self._group: Any = group
         self.step, self.step_bytes, self._stopped = 0, 0, ""
         self._source = dist.get_global_rank(group, leader)
@@ -98,14 +102,15 @@ class RankGroup:
         self._check(leads=True)
         if not isinstance(message, (bytes, bytearray, memoryview)):
             raise SpecError(f"message: got {brief(message)}; must be bytes")
-        try:
-            ops = pack(self.alloc.take_ops())
-        except KVMemError as error:
-            self._tell(_STOP, b"", _said(error))
-            self._stop(f"rank {self._leader} has no ops to send: {_text(error)}", error)
-        self.step += 1
-        self._tell(_STEP, ops, bytes(message))
-        self._agree(None)
+        with self._under_way():
+            try:
+                ops = pack(self.alloc.take_ops())
+            except Exception as error:  # noqa: BLE001  they are taken and lost: nobody goes on without them
+                self._tell(_STOP, b"", _said(error))
+                self._stop(f"rank {self._leader} has no ops to send: {_text(error)}", error)
+            self.step += 1
+            self._tell(_STEP, ops, bytes(message))
+            self._agree(None)
 
     def follow(self) -> bytes | None:
         """Apply the leader's next step, and return its message; None when the leader has closed the group.
@@ -114,25 +119,34 @@ class RankGroup:
         ``SpecError`` on the leader.
         """
         self._check(leads=False)
-        kind, step, ops, message = self._hear()
-        if kind == _END:
-            self._release()
-            return None
-        if kind == _STOP:
-            self._stop(f"rank {self._leader} has stopped: {message.decode(errors='replace')}")
-        self.step += 1
-        try:
-            if step != self.step:
-                raise SpecError(f"this is step {step}, and {self.step} is missing")
-            self.alloc.apply(unpack(ops))
-        except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
-            self._agree(error)
-        except BaseException:  # a signal: nobody knows how far this rank came
-            self._release()
-            raise
-        else:
-            self._agree(None)
+        with self._under_way():
+            kind, step, ops, message = self._hear()
+            if kind == _END:
+                self._release()
+                return None
+            if kind == _STOP:
+                self._stop(f"rank {self._leader} has stopped: {message.decode(errors='replace')}")
+            self.step += 1
+            try:
+                if step != self.step:
+                    raise SpecError(f"this is step {step}, and {self.step} is missing")
+                self.alloc.apply(unpack(ops))
+            except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
+                self._agree(error)
+            else:
+                self._agree(None)
         return message
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """What ends a step before all agree ends the group: its ops are on some ranks only, or lost."""
+        try:
+            yield
+        except BaseException as error:  # also a signal
+            self._release()
+            if isinstance(error, Exception) and not isinstance(error, KVMemError):  # as of a frame's damaged length
+                self._stop(f"step {self.step} broke off: {_text(error)}", error)
+            raise
 
     def close(self) -> None:
         """End the group; on the leader, the others' ``follow()`` returns None. Closing twice is no error. The

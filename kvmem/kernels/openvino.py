@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -133,7 +134,7 @@ def cache_inputs(alloc: Allocator, layers: list[int] | None = None) -> dict[str,
 
 
 class Attention:
-    """One attention layer as a compiled model. One call at a time; ``compile_attention`` makes it."""
+    """One attention layer as a compiled model; ``compile_attention`` makes it. Thread-safe: calls take turns."""
 
     def __init__(
         self, library: OpenVino, num_query_heads: int, num_kv_heads: int, head_dim: int, window: int, scale: float
@@ -142,6 +143,7 @@ class Attention:
         model = _paged(library, _layer(library, *self._sizes, scale), window)
         precisions = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32"}
         self._request = library.api.Core().compile_model(model, "CPU", precisions).create_infer_request()
+        self._lock = Lock()  # compile_attention gives one object to whoever has such a layer
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache, batch: GroupBatch
@@ -164,10 +166,11 @@ class Attention:
             return torch.empty(0, query_heads, width)
         new = torch.cat([to_cache_dtype(t.detach(), torch.float32).flatten(1) for t in (q, k, v)], 1)
         inputs |= {"inputs_embeds": new.numpy(), "key_cache.0": key, "value_cache.0": value}
-        for name, array in inputs.items():
-            self._request.set_tensor(name, self._library.api.Tensor(array, shared_memory=True))
-        self._request.infer()
-        out = torch.from_numpy(self._request.get_output_tensor(0).data.copy())
+        with self._lock:
+            for name, array in inputs.items():
+                self._request.set_tensor(name, self._library.api.Tensor(array, shared_memory=True))
+            self._request.infer()
+            out = torch.from_numpy(self._request.get_output_tensor(0).data.copy())
         return out.view(tokens, query_heads, width)
 
 

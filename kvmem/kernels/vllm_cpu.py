@@ -136,19 +136,12 @@ def metadata_args(
     """For ``get_scheduler_metadata``, once a step. Arguments as for FlashInfer's plans."""
     left = window_left(batch, window_tokens, causal)
     return {
-        "num_req": batch.num_rows,
-        "num_heads_q": num_query_heads,
-        "num_heads_kv": num_kv_heads,
-        "head_dim": head_dim,
-        "seq_lens": batch.seq_lens,
-        "dtype": dtype,
-        "query_start_loc": (queries or batch).cu_seqlens_q,
+        "num_req": batch.num_rows, "num_heads_q": num_query_heads, "num_heads_kv": num_kv_heads, "head_dim": head_dim,
+        "seq_lens": batch.seq_lens, "dtype": dtype, "query_start_loc": (queries or batch).cu_seqlens_q,
         "casual": causal,  # sic
-        "window_size": left + 1 if left >= 0 else -1,
-        "isa_hint": isa_for(head_dim, batch.block_size),
-        "enable_kv_split": True,
-        "dynamic_causal": None,
-    }
+        "window_size": left + 1 if left >= 0 else -1, "isa_hint": isa_for(head_dim, batch.block_size),
+        "enable_kv_split": True, "dynamic_causal": None,
+    }  # fmt: skip
 
 
 def attention_args(
@@ -158,17 +151,11 @@ def attention_args(
     """For ``cpu_attention_with_kv_cache``, all but the tensors of a layer and ``scheduler_metadata``."""
     left = window_left(batch, window_tokens, causal)
     return {
-        "query_start_loc": (queries or batch).cu_seqlens_q,
-        "seq_lens": batch.seq_lens,
-        "scale": head_dim**-0.5 if scale is None else scale,
-        "causal": causal,
-        "alibi_slopes": None,
-        "sliding_window_size": left + 1 if left >= 0 else -1,
-        "block_table": batch.block_table,
-        "softcap": soft_cap,
-        "s_aux": None,
-        "dynamic_causal": None,
-    }
+        "query_start_loc": (queries or batch).cu_seqlens_q, "seq_lens": batch.seq_lens,
+        "scale": head_dim**-0.5 if scale is None else scale, "causal": causal, "alibi_slopes": None,
+        "sliding_window_size": left + 1 if left >= 0 else -1, "block_table": batch.block_table, "softcap": soft_cap,
+        "s_aux": None, "dynamic_causal": None,
+    }  # fmt: skip
 
 
 def plan(

@@ -13,6 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
@@ -187,7 +188,11 @@ class ScratchRemote(Remote, Generic[Transfer]):
 
     def _fill(self, pieces: Sequence[Piece], end: float) -> None:
         if self._left is not None:
-            self._await_left(self._left, end)
+            ended = True
+            with suppress(TierError):  # it has failed, so it has ended
+                ended = self._waited(self._left, end)
+            if not ended:
+                raise TierError(f"{self.where}: an earlier read has not ended")
         batch: list[Piece] = []
         used, room = 0, len(self._scratch)
         for offset, buffer in pieces:
@@ -200,17 +205,18 @@ class ScratchRemote(Remote, Generic[Transfer]):
                 used += len(part)
         self._move(batch, end)
 
-    def _await_left(self, left: Transfer, end: float) -> None:
+    def _waited(self, transfer: Transfer, end: float) -> bool:
+        """Return whether the transfer has ended by ``end``; ``TierError`` if it has failed."""
         try:
-            while not self._ended(left):
+            while not self._ended(transfer):
                 if time.monotonic() >= end:
-                    raise TimeoutError(f"{self.where}: an earlier read has not ended")
+                    return False
                 time.sleep(_POLL_SECONDS)
-        except TierError:  # it has failed, so it has ended
-            pass
-        except TimeoutError as error:
-            raise TierError(str(error)) from None
+        except TierError:
+            self._left = None
+            raise
         self._left = None
+        return True
 
     def _move(self, batch: Sequence[Piece], end: float) -> None:
         if not batch:
@@ -220,11 +226,10 @@ class ScratchRemote(Remote, Generic[Transfer]):
             at.append(total)
             total += len(buffer)
         transfer = self._begin([offset for offset, _ in batch], at, [len(buffer) for _, buffer in batch])
-        while not self._ended(transfer):
-            if time.monotonic() >= end:
-                self._left = None if self._cancel(transfer) else transfer
-                raise TierError(f"{self.where}: no answer in time")
-            time.sleep(_POLL_SECONDS)
+        self._left = transfer  # until it has ended, also if a signal ends this call
+        if not self._waited(transfer, end):
+            self._left = None if self._cancel(transfer) else transfer
+            raise TierError(f"{self.where}: no answer in time")
         for place, (_, buffer) in zip(at, batch, strict=True):
             buffer[:] = self._scratch[place : place + len(buffer)]
 
@@ -238,11 +243,11 @@ def fields_of(address: bytes, transport: str, **types: type) -> dict[str, Any]:
     """Return the fields of an address, of these names and types; ``SpecError`` if it is no such address."""
     try:
         found = json.loads(address)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise SpecError(f"address: got {brief(address)}; must be what the other process's transport gave") from error
     if not isinstance(found, dict) or found.get("transport") != transport:
         raise SpecError(f"address: got {brief(address)}; must be of the transport {transport!r}, as on the other side")
     for name, kind in types.items():
-        if type(found.get(name)) is not kind or (kind is int and found[name] < 0):
+        if type(found.get(name)) is not kind or (kind is int and not 0 <= found[name] < 1 << 63):
             raise SpecError(f"address: {name} is {brief(found.get(name))}; the address is damaged")
     return found

@@ -84,9 +84,9 @@ class _NixlRemote(ScratchRemote[Any]):
         state = self._call("check_xfer_state", transfer)
         if state == "PROC":
             return False
+        self._call("release_xfer_handle", transfer)
         if state != "DONE":
             raise TierError(f"{self.where}: the transfer failed")
-        self._call("release_xfer_handle", transfer)
         return True
 
     def _cancel(self, transfer: Any) -> bool:

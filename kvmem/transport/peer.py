@@ -41,9 +41,13 @@ class PeerTier(RemoteTier):
             raise SpecError(f"transport: got {type(transport).__name__}; must be a kvmem.transport.Transport")
         self._at, memory = Directory.parse(address)
         self._remote = transport.connect(memory)
-        if self._remote.num_bytes < self._at.num_bytes:
-            raise SpecError("address: its sizes are damaged")
-        super().__init__(self._remote.where, timeout_seconds, "peer", limits)
+        try:
+            if self._remote.num_bytes < self._at.num_bytes:
+                raise SpecError("address: its sizes are damaged")
+            super().__init__(self._remote.where, timeout_seconds, "peer", limits)
+        except BaseException:
+            self._remote.close()
+            raise
 
     def put(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
         self._names(keys, buffers)

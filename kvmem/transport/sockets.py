@@ -69,11 +69,14 @@ class SocketTransport(Transport):
             token = bytes.fromhex(found["token"])
         except ValueError:
             token = b""
-        if len(token) != 16:
-            raise SpecError("address: its token is damaged")
+        if len(token) != 16 or found["memory"] >> 32:
+            raise SpecError("address: its token or its number of the memory is damaged")
         remote = _SocketRemote(found["host"], found["port"], token, found["memory"], found["bytes"])
         remote.forget = self._remotes.discard
-        self._remotes.add(remote)
+        with self._lock:
+            if self._closed:
+                raise TierError("the transport is closed")
+            self._remotes.add(remote)
         return remote
 
     def close(self) -> None:
@@ -86,14 +89,17 @@ class SocketTransport(Transport):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
         for remote in list(self._remotes):
-            remote.hang_up()
+            remote.hang_up(for_good=True)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed; or there are no file descriptors left, and the next ones may come
+                if self._closed:
+                    return
+                time.sleep(0.1)
+                continue
             with self._lock:
                 if self._closed or len(self._open) >= _READERS:
                     connection.close()
@@ -105,6 +111,7 @@ class SocketTransport(Transport):
         """Answer requests until one is wrong, or the reader is gone."""
         with suppress(OSError, ValueError), connection:  # ValueError: the memory was released meanwhile
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for readers that go without a word
             connection.settimeout(_STALLED_SECONDS)  # until it has shown that it knows the token
             while True:
                 token, which, count = _HEAD.unpack(_received(connection, _HEAD.size))
@@ -134,7 +141,7 @@ class _SocketRemote(Remote):
         try:
             for first in range(0, len(pieces), _MOST_PARTS):
                 self._ask(pieces[first : first + _MOST_PARTS], end)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, ValueError) as error:  # the last two: of a port or a host that is none
             self.hang_up()
             raise TierError(f"{self.where}: {error or type(error).__name__}") from error
         except BaseException:  # a signal: what comes next on the connection belongs to this read
@@ -142,22 +149,27 @@ class _SocketRemote(Remote):
             raise
 
     def _ask(self, pieces: Sequence[Piece], end: float) -> None:
-        if self._socket is None:
-            self._socket = socket.create_connection(self._place, _left(end))
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if (connection := self._socket) is None:
+            connection = self._socket = socket.create_connection(self._place, _left(end))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._closed:  # by the transport, meanwhile
+            raise ConnectionAbortedError("closed")
         asked = _HEAD.pack(self._token, self._memory, len(pieces))
-        self._socket.settimeout(_left(end))
-        self._socket.sendall(asked + b"".join(_PART.pack(offset, len(buffer)) for offset, buffer in pieces))
+        connection.settimeout(_left(end))
+        connection.sendall(asked + b"".join(_PART.pack(offset, len(buffer)) for offset, buffer in pieces))
         for _, buffer in pieces:
-            _receive(self._socket, buffer, end)
+            _receive(connection, buffer, end)
 
     def _release(self) -> None:
         self.hang_up()
         self.forget(self)
 
-    def hang_up(self) -> None:
+    def hang_up(self, *, for_good: bool = False) -> None:
+        self._closed |= for_good
         connection, self._socket = self._socket, None
         if connection is not None:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a read in another thread, which close() does not
             connection.close()
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from rank_processes import make, run
 from support_world import checked
 
 import kvmem
-from kvmem.distributed import RankGroup
+from kvmem.distributed import RankGroup, rank_group
 
 LONG = 300.0  # seconds, longer than the tests wait: what ends sooner was noticed, and did not time out
 
@@ -161,6 +162,67 @@ def test_a_rank_that_hangs_stops_the_others_after_the_timeout() -> None:
     found = run(3, one_dies, 1, int(signal.SIGSTOP), 1.0, dead=1)
     assert [status for status, _ in found] == ["done", "dead", "done"], found
     assert all("did not answer in time" in found[rank][1] for rank in (0, 2))
+
+
+def never_comes(rank: int) -> str:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with make("paged", rank == 0) as alloc, pytest.raises(kvmem.DeviceError) as caught:
+        RankGroup(alloc, timeout_seconds=2.0)
+    return str(caught.value)
+
+
+def test_a_rank_that_dies_before_the_group_is_made_stops_the_others() -> None:
+    found = run(3, never_comes, dead=1)
+    assert all(status == "done" and "a rank is gone" in text for status, text in (found[0], found[2])), found
+
+
+def breaks_off(rank: int, place: int, name: str, error: type[BaseException]) -> str:
+    """``error`` comes out of a part of the second step on one rank, where its ops may be lost already."""
+    with make("paged", rank == 0) as alloc:
+        group, inner = RankGroup(alloc, timeout_seconds=LONG), getattr(rank_group, name)
+
+        def fail(*args: Any) -> Any:
+            if group.step >= 1:
+                raise error("breaks off")
+            return inner(*args)
+
+        if rank == place:
+            setattr(rank_group, name, fail)
+        with pytest.raises((kvmem.DeviceError, KeyboardInterrupt)) as caught:
+            for _ in range(9):
+                if group.leads:
+                    alloc.sequence().extend(3)
+                    group.lead()
+                else:
+                    group.follow()
+        with pytest.raises((kvmem.DeviceError, kvmem.SpecError)):  # it does not go on without what was lost
+            group.lead() if group.leads else group.follow()
+        return type(caught.value).__name__
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "pack"), (1, "unpack")])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_step_that_breaks_off_stops_all(place: int, name: str, error: type[BaseException]) -> None:
+    found = run(2, breaks_off, place, name, error)
+    own = "KeyboardInterrupt" if error is KeyboardInterrupt else "DeviceError"
+    assert found[place] == ("done", own) and found[1 - place] == ("done", "DeviceError"), found
+
+
+def reads_a_damaged_head(rank: int) -> str:
+    with make("paged", rank == 0) as alloc:
+        group = RankGroup(alloc, timeout_seconds=LONG)
+        if group.leads:
+            pack = rank_group._HEAD.pack
+            rank_group._HEAD = SimpleNamespace(  # type: ignore[misc,assignment]
+                pack=lambda step, kind, check, ops, message: pack(step, kind, check, ops, 2**62), size=32
+            )
+        return until_it_stops(group, alloc)
+
+
+def test_a_damaged_length_stops_all() -> None:
+    found = run(2, reads_a_damaged_head)
+    assert [status for status, _ in found] == ["done"] * 2 and "broke off" in found[1][1], found
 
 
 def code_around_it_fails(rank: int, place: int) -> str:

@@ -3,6 +3,7 @@ alone, and memory comes back."""
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.23", reason="the engine's models need kvmem[transformers]")
 
 from support_engine import (
+    VOCAB,
     answer,
     assert_back_to_start,
     assert_greedy,
@@ -23,6 +25,7 @@ from support_engine import (
     tiny_spec,
     words,
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import kvmem
 from examples.engine.sampling import Sampling, choose
@@ -217,3 +220,28 @@ def test_choices() -> None:
     for tiniest in (1e-38, 1e-3):
         assert draws(logits * 1e4, temperature=tiniest) == {0}
     assert len(draws(torch.zeros(10_000), 50)) > 40  # equal tokens, all as likely
+
+
+def test_an_end_of_text_that_is_token_0(backend: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny().generation_config, "eos_token_id", 0)
+    engine, request = scheduler(backend), greedy(words(rng, 10), 12)
+    engine._run = lambda handles, tokens, rows: torch.eye(VOCAB)[[0] * len(rows)]  # type: ignore[assignment]
+    assert run(engine, request) == {request: "stop"} and answer(request) == [0]
+
+
+def test_layers_that_scale_their_scores_in_ways_of_their_own(backend: str, rng: random.Random) -> None:
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=64, n_layer=4, n_head=4, n_positions=256, initializer_range=0.3,
+        scale_attn_by_inverse_layer_idx=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    slow = copy.deepcopy(model).double()
+    slow.set_attn_implementation("eager")
+    spec = kvmem.CacheSpec.from_config(config, dtype=torch.float32, block_size=16)
+    sizes: dict[str, Any] = {"memory": "8MiB", "max_sequences": 4, "max_tokens": 256}
+    alloc = kvmem.Allocator(spec, backend=backend, device="cpu", **sizes)  # type: ignore[arg-type]
+    requests = [greedy(words(rng, 40), 20) for _ in range(3)]
+    run(Scheduler(model, alloc, max_running=4, batch_tokens=32), *requests)
+    for request in requests:
+        assert_greedy(request.prompt, answer(request), slow)

@@ -30,7 +30,6 @@ from support_engine import assert_back_to_start, assert_greedy, scheduler, words
 from support_server import Serving, serving, wait_until
 
 import kvmem
-from examples.engine.answer import Detokenizer
 from examples.engine.model import load
 from examples.engine.scheduler import Scheduler
 from kvmem.bench.language_models import byte_tokenizer
@@ -132,6 +131,7 @@ def test_garbage(server: Serving) -> None:
             assert found.status_code == status, (body, found.text)
             error = found.json()["error"]
             assert message in error["message"] and error["code"] == status and error["type"] == "invalid_request_error"
+            assert "not supported" not in error["message"] or error["message"].startswith(f"{error['param']}: not")
 
         for status, body, message in REFUSED:
             refused(status, message, "POST", "/v1/completions", body)
@@ -269,25 +269,55 @@ def test_too_many_requests_and_an_engine_that_fails(rng: random.Random, monkeypa
     assert len(threads) == 1 and len(engine.cache) == 0 and engine.allocator.check() == []
 
 
-def test_text_that_comes_by_the_byte(rng: random.Random) -> None:
-    tokenizer = byte_tokenizer()
-    text = "".join(rng.choice("ab é日🙂\n") for _ in range(200))
-    ids = tokenizer(text)["input_ids"]
-    for stops in ([], ["🙂日", "aa", "never"], [text[50:60], text[40:70]], [text[-3:]]):
-        detokenizer, said = Detokenizer(tokenizer.decode, stops), []
-        for number, token in enumerate(ids, 1):
-            said.append(detokenizer.push(token, last=number == len(ids)))
-            if detokenizer.stopped:
-                break
-        ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-        if ends:  # the stop string that is complete first
-            first = min((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
-            assert detokenizer.stopped and "".join(said) == text[: first[1]]
-        else:
-            assert not detokenizer.stopped and "".join(said) == text
-    broken = Detokenizer(tokenizer.decode)
-    invalid = tokenizer("é")["input_ids"][:1] * 9
-    assert set("".join(broken.push(token, last=n == 8) for n, token in enumerate(invalid))) == {"\ufffd"}
+def test_a_request_that_cannot_be_ended_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step fails, and so does what would give the memory back: the clients are told all the same."""
+    engine = scheduler("paged")
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("fails")
+
+    with serving(engine, byte_tokenizer()) as server:
+        first = connect(server, {"prompt": [1, 2, 3], "max_tokens": 900})
+        wait_until(lambda: len(engine.running) == 1)
+        for name in ("_end", "_run"):
+            monkeypatch.setattr(engine, name, fail)
+        first.settimeout(60)
+        assert b"500 Internal Server Error" in first.recv(1 << 16)
+        first.close()
+
+
+@pytest.mark.parametrize("backend", ["paged"])
+def test_the_smallest_numbers_end_no_engine(server: Serving, client: openai.OpenAI) -> None:
+    """Each is positive, as it must be, and 0 in float32."""
+    for number in (1e-50, 5e-324):
+        for options in ({"temperature": number}, {"top_p": number}, {"temperature": number, "top_p": number}):
+            sampled: Any = client.completions.create(
+                model="tiny", prompt=[1, 2, 3], max_tokens=3, extra_body={"return_token_ids": True}, **options
+            )
+            greedy: Any = client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=3, **GREEDY)
+            assert sampled.choices[0].token_ids == greedy.choices[0].token_ids
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("backend", ["paged"])
+def test_what_an_http_client_expects(server: Serving) -> None:
+    def ask(body: dict[str, Any], *more: bytes) -> bytes:
+        content = json.dumps({"prompt": "a", "max_tokens": 2, **body}).encode()
+        head = [b"POST /v1/completions HTTP/1.1", b"Host: a", b"Content-Length: %d" % len(content), *more]
+        return b"\r\n".join([*head, b"", content])
+
+    with socket.create_connection(("127.0.0.1", server.port)) as pipelined:
+        pipelined.sendall(ask({}) + ask({"stream": True}) + ask({}, b"Connection: close"))
+        received = b""
+        while part := pipelined.recv(1 << 16):
+            received += part
+        assert received.count(b"HTTP/1.1 200 OK") == 3 and received.count(b"[DONE]") == 1
+    with httpx.Client(base_url=server.url) as http:
+        assert http.put("/v1/completions").headers["allow"] == "POST"
+        head = http.head("/v1/models")
+        assert head.status_code == 200 and head.content == b""
+        assert http.get("/v1/models").json()["data"][0]["created"] > 1.7e9
 
 
 @pytest.mark.model
@@ -347,7 +377,8 @@ def test_the_command_line(
         main(arguments())
     assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, 80]
     assert answers[0]["choices"] == answers[1]["choices"] and "http://127.0.0.1:" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["engine", "--disk", "folder"])
-    with pytest.raises(SystemExit):
-        arguments()
-    assert "--disk needs --host-memory" in capsys.readouterr().err
+    for wrong in ("--disk folder", "--threads 0", "--port 65536", "--port -1"):
+        monkeypatch.setattr("sys.argv", ["engine", *wrong.split()])
+        with pytest.raises(SystemExit):
+            arguments()
+        assert wrong.split()[0] in capsys.readouterr().err.rpartition("error: ")[2]

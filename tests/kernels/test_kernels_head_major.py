@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -215,6 +216,20 @@ def test_openvino_leaves_plain_elements(backend: str, seed: int) -> None:
     whole = openvino.cache_inputs(world.alloc)
     assert sorted(whole) == ["key_cache.0", "key_cache.1", "value_cache.0", "value_cache.1"]
     assert whole["value_cache.1"].ctypes.data == world.alloc.kv_by_head(1)[1].data_ptr()
+
+
+def test_two_threads_share_a_compiled_layer(seed: int) -> None:
+    """Each has an allocator of its own, and attends to its own tokens."""
+    worlds = [World("OpenVINO", "paged", seed + n) for n in range(2)]
+
+    def attend(world: World) -> None:
+        seq = world.open()
+        for _ in range(60):
+            world.step({seq: 5})
+
+    attend(worlds[0])  # compiles it
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(attend, worlds))
 
 
 def test_every_foreign_name_is_there() -> None:

@@ -149,6 +149,15 @@ def test_what_is_no_address_of_a_tier(change: bytes, rng: random.Random) -> None
             PeerTier(transport, bad)
 
 
+def test_a_peer_that_is_not_opened_keeps_nothing() -> None:
+    with SocketTransport() as transport:
+        good = ExposedTier(transport, capacity=capacity_of(8), block_bytes=LARGEST).address
+        for address, timeout in ((good.replace(b'"slots":8', b'"slots":9'), 1.0), (good, -1.0)):
+            with pytest.raises(SpecError):
+                PeerTier(transport, address, timeout_seconds=timeout)
+        assert not transport._remotes
+
+
 def test_arguments_are_checked() -> None:
     with SocketTransport() as transport:
         for wrong in ({"capacity": 100}, {"capacity": -1}, {"block_bytes": 0}, {"capacity": "many"}):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
 import random
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transport_peers import KINDS, exposed, need, open_transport, pattern
@@ -161,12 +164,25 @@ def test_what_arrives_after_a_read_was_given_up_is_not_taken_for_another() -> No
         remote.read([(7, 1)], SOON)
 
 
+def test_what_a_signal_leaves_behind_is_awaited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = Slow()
+    remote.over = False
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kvmem.transport.base.time.sleep", lambda _: signal.raise_signal(signal.SIGINT))
+        remote.read([(8, 1)], SOON)
+    with pytest.raises(TierError, match="an earlier read has not ended"):
+        remote.read([(9, 1)], 0.01)
+    remote.over = True
+    assert remote.read([(10, 1)], SOON) == [b"\x0a"]
+
+
 def test_what_is_no_address(transport: Transport) -> None:
     memory = memoryview(mmap.mmap(-1, 4096)).cast("B")
     good = transport.expose(memory)
     assert good.isascii()
     bad = [b"", b"{}", b"\xff", b"[1]", good[:-1], good.replace(transport.name.encode(), b"other"), None]
-    bad += [good.replace(b'"bytes":4096', value) for value in (b'"bytes":-1', b'"bytes":"x"', b'"size":4096')]
+    wrong = (b'"bytes":-1', b'"bytes":"x"', b'"size":4096', b'"bytes":%d' % 2**63)
+    bad += [b"[" * 100_000, *(good.replace(b'"bytes":4096', value) for value in wrong)]
     for address in bad:
         with pytest.raises(SpecError, match="address"):
             transport.connect(address)  # type: ignore[arg-type]
@@ -182,8 +198,59 @@ def test_nothing_is_read_from_a_closed_transport(seed: int) -> None:
         remote.read([(0, 1)], SOON)
     with pytest.raises(TierError, match="closed"):
         server.expose(memory)
-    with SocketTransport() as one, pytest.raises(TierError):
-        one.connect(one.expose(memory).replace(b'"port":', b'"port":6')).read([(0, 1)], SOON)  # a port above 65,535
+    with SocketTransport() as one:
+        fields = json.loads(one.expose(memory))
+        for changed in ({"port": 66_000}, {"host": "a" * 300}, {"host": "é.."}, {"host": "a\0"}):
+            with pytest.raises(TierError):
+                one.connect(json.dumps(fields | changed).encode()).read([(0, 1)], SOON)
+        with pytest.raises(SpecError, match="address"):
+            one.connect(json.dumps(fields | {"memory": 2**32}).encode())
+
+
+def test_closing_a_transport_ends_its_readers(transport: Transport, seed: int) -> None:
+    reader = open_transport(transport.name)
+    with exposed(transport.name, BYTES, seed) as (_, address):
+        remote = reader.connect(address)
+        assert remote.read([(0, 8)], SOON) == [pattern(8, seed)]
+        reader.close()
+        with pytest.raises(TierError, match="closed"):
+            remote.read([(0, 8)], SOON)
+        with pytest.raises((SpecError, TierError), match="closed"):
+            reader.connect(address)
+
+
+def test_closing_a_transport_wakes_a_read() -> None:
+    """Of a process that accepts, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, SocketTransport() as reader, SocketTransport() as server:
+        fields = json.loads(server.expose(memoryview(bytearray(8))))
+        remote = reader.connect(json.dumps(fields | {"port": silent.getsockname()[1]}).encode())
+        caught: list[BaseException] = []
+
+        def read() -> None:
+            with pytest.raises(TierError) as error:
+                remote.read([(0, 8)], 1e6)
+            caught.append(error.value)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        with silent.accept()[0] as asked:
+            asked.recv(1)
+            reader.close()
+            thread.join(SOON)
+        assert caught
+
+
+def test_a_server_without_file_descriptors_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails, accept = [True] * 2, socket.socket.accept
+
+    def accept_later(listener: socket.socket) -> Any:
+        if fails and fails.pop():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    with SocketTransport() as server, SocketTransport() as reader:
+        assert reader.connect(server.expose(memoryview(bytearray(8)))).read([(0, 8)], SOON) == [bytes(8)]
 
 
 def test_a_reader_without_the_token_gets_nothing() -> None:
