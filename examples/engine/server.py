@@ -65,8 +65,9 @@ class Server:
             try:
                 with self._engine.open(asked) as tokens:
                     answer = Answer(call, asked, tokens, self._name, self._tokenizer)
-                    if call.stream:
-                        response: Any = EventSourceResponse(answer.events(), sep="\n", send_timeout=self._send_seconds)
+                    if call.stream:  # without pings: vLLM's client loses events that come after one
+                        sending: Any = {"sep": "\n", "ping": 0, "send_timeout": self._send_seconds}
+                        response: Any = EventSourceResponse(answer.events(), **sending)
                     else:
                         response = JSONResponse(await answer.whole(receive))
                     await response(scope, receive, send)
