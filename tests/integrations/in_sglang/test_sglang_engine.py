@@ -45,6 +45,9 @@ def generate(model: Path, tier: dict[str, Any], folder: Path) -> dict[str, list[
 
 def check(told: dict[str, list[dict[str, Any]]], *warm: str) -> None:
     tokens = {name: [one["tokens"] for one in answers] for name, answers in told.items()}
+    assert len({token for answer in tokens["stock"] for token in answer}) > 8, (
+        "an output that repeats itself proves little"
+    )
     assert all(found == tokens["stock"] for found in tokens.values()), tokens
     assert told["cold"][0]["cached"] == 0
     for name in warm:
@@ -63,7 +66,6 @@ def test_random_weights_and_a_tier_that_fails(tmp_path: Path) -> None:
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     told = generate(tmp_path / "model", {"type": "support_sglang:EachSecondLoadFails"}, tmp_path)
-    assert len({token for one in told["stock"] for token in one["tokens"]}) > 8, "the output varies"
     check(told, "warm")
     assert told["warm again"][0]["cached"] == 0, "the load failed"
 
