@@ -43,7 +43,7 @@ PARTS = [
     ("kvmem/integrations/vllm", ["kvmem/integrations/vllm"], [], 2_490),
     ("kvmem/integrations/sglang", ["kvmem/integrations/sglang"], [], 925),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_180),
-    ("benchmarks", ["benchmarks"], [], 3_780),
+    ("benchmarks", ["benchmarks"], [], 4_005),
     ("examples/engine", ["examples/engine"], [], 799),
     ("tests without the next parts", ["tests"], [f"tests/{part}" for part in TESTS], 40_250),
     ("tests/layouts", ["tests/layouts"], [], 4_620),
