@@ -59,10 +59,10 @@ Request = tuple[list[int], int]
 class MemoryRow:
     """An engine over all requests, after each step. A block is a page of each layer; a group has all layers here.
 
-    ``samples``: by step, ``requests`` that run, ``tokens`` whose KV they have, ``in_use_bytes`` of the blocks that hold
-    these, ``resident_bytes`` of the KV cache as the system counts them. What a request leaves is given back in the next
-    step, so ``over_bytes``, the most that is resident beside what is in use, and ``follows``, whether that is at most a
-    block and a tenth, compare with the larger of a step and the one before. ``same_tokens``: as the first engine.
+    ``samples``: by step, ``requests`` of the step, also those that end with it, ``tokens`` whose KV they have,
+    ``in_use_bytes`` of the blocks that hold these, ``resident_bytes`` of the KV cache as the system counts them after
+    the step. ``over_bytes``: the most that is resident beside what is in use. ``follows``: that is at most a block and
+    a tenth, in each step. ``same_tokens``: as the first engine.
     """
 
     engine: str
@@ -98,11 +98,10 @@ def memory(requests: Sequence[Request], model: Path, done: Any) -> list[MemoryRo
 def _row(name: str, found: dict[str, Any], same: bool) -> MemoryRow:
     samples, block = found["samples"], found["block_bytes"]
     in_use, resident = (np.array(samples[key]) for key in ("in_use_bytes", "resident_bytes"))
-    allowed = np.maximum(in_use, np.concatenate([in_use[:1], in_use[:-1]]))
     return MemoryRow(
         name, found["kv_bytes"], block, same, int(in_use.max()), float(in_use.mean()), found["start_bytes"],
-        int(resident.max()), float(resident.mean()), int(resident[-1]), int((resident - allowed).max()),
-        bool((resident <= _SHARE * allowed + block).all()), samples,
+        int(resident.max()), float(resident.mean()), int(resident[-1]), int((resident - in_use).max()),
+        bool((resident <= _SHARE * in_use + block).all()), samples,
     )  # fmt: skip
 
 
@@ -127,10 +126,11 @@ def _drive(options: dict[str, Any], requests: Sequence[Request]) -> dict[str, An
                 sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
                 engine.add_request(f"{len(out)}", {"prompt_token_ids": prompt}, sampling)
                 out[f"{len(out)}"] = []
-            if core.scheduler.has_requests():
+            step = list(core.scheduler.requests.values())
+            if core.scheduler.has_requests():  # or memory to give back
                 for output in engine.step():
                     out[output.request_id] = list(output.outputs[0].token_ids)
-            running = [request.num_computed_tokens for request in core.scheduler.running]
+            running = [one.num_computed_tokens for one in step if one.num_computed_tokens > 0]
             idle = 0 if waiting or running else idle + 1
             in_use = sum(-(-tokens // block_tokens) for tokens in running) * block_bytes
             for key, value in zip(samples, (len(running), sum(running), in_use, _resident(ranges)), strict=True):
@@ -167,7 +167,7 @@ def memory_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
     kv = cell("{kv_bytes:bytes}", rows[0])
     title = (
         "Physical memory under the KV cache ({kv}) of vLLM {vllm} with SmolLM2-135M, {requests} requests in two waves, "
-        "no prefix cache; in use are blocks of {block_tokens} tokens, {block}, that hold tokens of running requests"
+        "no prefix cache; in use are blocks of {block_tokens} tokens, {block}, with tokens of the requests of a step"
     )
     words = {**setup, "kv": kv, "block": cell("{block_bytes:bytes}", rows[0])}
     spec = """block manager={engine}; same tokens={same_tokens:yes}; in use, mean={mean_in_use_bytes:bytes};
@@ -180,7 +180,7 @@ def memory_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
 
 def _over_time(rows: Sequence[Row]) -> Table:
     """A row for each of some moments, evenly spaced. Each engine's own step of that number."""
-    first, spec = rows[0]["samples"], "step={step}; running={requests}; tokens={tokens:,}; in use={in_use_bytes:bytes}"
+    first, spec = rows[0]["samples"], "step={step}; requests={requests}; tokens={tokens:,}; in use={in_use_bytes:bytes}"
     for number, row in enumerate(rows):
         spec += f"; resident, {row['engine']}={{resident_{number}:bytes}}"
     moments = []
