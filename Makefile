@@ -98,7 +98,7 @@ $(STORES)/.installed: $(READY)
 # 3.5 GB, minutes: vLLM pins its packages, so it has an environment of its own. Debian's libnuma1 is needed.
 VLLM := build/vllm
 test-vllm: core $(VLLM)/.installed  ## vLLM's CPU build with kvmem in it: tests/integrations/in_vllm; one engine at a time
-	PYTHONPATH=. $(VLLM)/bin/python -m pytest -m engine -o faulthandler_timeout=0 $(ARGS)
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest -m engine -o faulthandler_timeout=0 tests/integrations/in_vllm $(ARGS)
 
 $(VLLM)/.installed: tests/integrations/in_vllm/install_vllm.py kvmem/integrations/vllm/names.py
 	test -x $(VLLM)/bin/python || $(PY) -m venv $(VLLM)

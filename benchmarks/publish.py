@@ -22,6 +22,7 @@ from benchmarks.perplexity import perplexity_tables
 from benchmarks.resume import resume_tables
 from benchmarks.serve import serve_tables
 from benchmarks.step import step_tables
+from benchmarks.vllm_memory import memory_tables
 from benchmarks.vllm_scheduler import hit_tables, time_tables
 from kvmem.arguments import format_bytes
 from kvmem.bench.__main__ import main
@@ -36,7 +37,10 @@ BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 _HOW = "`python -m kvmem.bench gpu --out FOLDER` measures it"
 _META = 'Replays have the metadata of a simulated device (`device="meta"`): driver calls are counted, not timed.'
 #: Commands of developers, which older documents name as parts of ``kvmem.bench``.
-_OWN = ("step", "peers", "generate", "perplexity", "memory", "resume", "vllm_scheduler", "serve")
+_OWN = (
+    *("step", "peers", "generate", "perplexity", "memory", "resume", "batching", "serve"),
+    *("vllm_scheduler", "vllm_memory"),
+)
 _OURS = {name: name for name in _OWN} | {
     "mapping": "memory",
     "rectangle": "memory",
@@ -138,6 +142,8 @@ def _tables(document: Document) -> Iterator[Table]:
         yield from time_tables(rows, setup)
     if rows := parts["vllm_hits"]:
         yield from hit_tables(rows, setup)
+    if rows := parts["vllm_memory"]:
+        yield from memory_tables(setup, rows)
     if rows := parts["serve"]:
         yield from serve_tables(setup, rows)
 

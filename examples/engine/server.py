@@ -69,9 +69,10 @@ class Server:
                 with self._engine.open(asked) as tokens:
                     answer = Answer(call, asked, tokens, self._name, self._tokenizer)
                     if call.stream:
-                        # With no grace a stream would end, as if complete, when the process is told to.
-                        times: Any = {"send_timeout": self._send_seconds, "shutdown_grace_period": float("inf")}
-                        response: Any = EventSourceResponse(answer.events(), sep="\n", **times)
+                        # No pings: vLLM's client loses events that come after one. With no grace a stream would end, as
+                        # if complete, when the process is told to.
+                        sending: Any = dict(ping=0, send_timeout=self._send_seconds, shutdown_grace_period=float("inf"))
+                        response: Any = EventSourceResponse(answer.events(), sep="\n", **sending)
                     else:
                         response = JSONResponse(await answer.whole(receive))
                     await response(scope, receive, send)

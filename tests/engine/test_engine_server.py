@@ -26,6 +26,7 @@ pytest.importorskip("openai", reason="a client of these tests, from kvmem[test]"
 import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
+from sse_starlette.sse import EventSourceResponse
 from support_engine import assert_back_to_start, assert_greedy, scheduler, words
 from support_server import Serving, serving, wait_until
 
@@ -88,6 +89,15 @@ def test_the_openai_client(server: Serving, client: openai.OpenAI, rng: random.R
     stopped = client.completions.create(model="tiny", prompt=prompt, max_tokens=400, temperature=0, stop=["zzz", stop])
     assert stopped.choices[0].finish_reason == "stop" and stopped.choices[0].text == choice.text.partition(stop)[0]
     assert client.completions.create(model="tiny", prompt="a text", seed=3).usage.completion_tokens == 16  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", ["paged"])
+def test_a_stream_has_events_and_nothing_else(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a token takes: what keeps other connections open, vLLM's client does not read."""
+    monkeypatch.setattr(EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.001)
+    body = {"prompt": [1, 2, 3], "max_tokens": 50, "stream": True}
+    lines = [line for line in httpx.post(f"{server.url}/v1/completions", json=body).text.split("\n") if line]
+    assert len(lines) == 51 and all(line.startswith("data: ") for line in lines)
 
 
 @pytest.mark.parametrize("backend", ["paged"])

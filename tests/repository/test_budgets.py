@@ -43,9 +43,9 @@ PARTS = [
     ("kvmem/integrations/vllm", ["kvmem/integrations/vllm"], [], 2_540),
     ("kvmem/integrations/sglang", ["kvmem/integrations/sglang"], [], 940),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 7_180),
-    ("benchmarks", ["benchmarks"], [], 3_780),
+    ("benchmarks", ["benchmarks"], [], 4_005),
     ("examples/engine", ["examples/engine"], [], 799),
-    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in TESTS], 40_250),
+    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in TESTS], 40_265),
     ("tests/layouts", ["tests/layouts"], [], 4_620),
     ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_540),
@@ -56,7 +56,7 @@ PARTS = [
     ("tests/transport", ["tests/transport"], [], 575),
     ("tests/integrations/in_vllm", ["tests/integrations/in_vllm"], [], 2_730),
     ("tests/integrations/in_sglang", ["tests/integrations/in_sglang"], [], 1_440),
-    ("tests/engine", ["tests/engine"], [], 930),
+    ("tests/engine", ["tests/engine"], [], 940),
     ("tests/issues", ["tests/issues"], [], 955),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 15

@@ -1,7 +1,7 @@
 """A vLLM engine in a process of its own, which does some things one after the other: ``connector_child.py JSON``.
 
 The words of the JSON: engine (arguments of ``LLM``), steps ([["generate", prompts, max_tokens], ["reset"],
-["abort", prompts, after steps], ["memory"], ["trace", prompts, max_tokens, every]]). Each step adds one answer to "answers"."""
+["abort", prompts, after steps], ["memory"]]). Each step adds one answer to "answers"."""
 
 from __future__ import annotations
 
@@ -66,25 +66,6 @@ def abort(llm: Any, prompts: list[list[int]], steps: int) -> bool:
     return True
 
 
-def trace(llm: Any, prompts: list[list[int]], max_tokens: int, every: int) -> list[list[int]]:
-    """Send a request each ``every`` steps; after each step: bytes of the KV cache that are resident, tokens of the
-    requests that run, and how many these are."""
-    from vllm import SamplingParams
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    memory, scheduler = get_kv_transfer_group()._memory, llm.llm_engine.engine_core.engine_core.scheduler
-    waiting, found, step = list(prompts), [], 0
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    while waiting or llm.llm_engine.has_unfinished_requests() or scheduler.has_requests():
-        if waiting and step % every == 0:
-            llm.llm_engine.add_request(f"traced {len(waiting)}", {"prompt_token_ids": waiting.pop()}, sampling)
-        llm.llm_engine.step()
-        tokens = [request.num_computed_tokens for request in scheduler.running]
-        found.append([memory.resident_bytes, sum(tokens), len(tokens)])
-        step += 1
-    return found
-
-
 def run(asked: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
@@ -93,8 +74,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     register()  # as vLLM does by the entry point, where kvmem is installed
     llm = LLM(**asked["engine"])
     calls = {"generate": lambda *given: generate(llm, *given), "reset": llm.reset_prefix_cache,
-             "abort": lambda *given: abort(llm, *given), "memory": memory,
-             "trace": lambda *given: trace(llm, *given)}  # fmt: skip
+             "abort": lambda *given: abort(llm, *given), "memory": memory}  # fmt: skip
     found: dict[str, Any] = {"answers": [calls[kind](*given) for kind, *given in asked["steps"]]}
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is not None:  # in this process

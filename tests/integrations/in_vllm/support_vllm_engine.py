@@ -34,22 +34,10 @@ _ENVIRONMENT = {
 
 def save_model(folder: Path) -> Any:
     """Write the weights, the configuration and the tokenizer to ``folder``; return the tokenizer."""
-    from safetensors.torch import save_file
-
     from kvmem.bench.language_models import load_language_model
 
     smollm2 = load_language_model("smollm2")
-    config = smollm2.model.config.to_dict()
-    config.pop(
-        "quantization_config", None
-    )  # the weights are float32 again; save_pretrained() refuses them all the same
-    (folder / "config.json").write_text(
-        json.dumps(config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}, default=str)
-    )
-    weights = smollm2.model.state_dict()
-    if config["tie_word_embeddings"]:
-        weights.pop("lm_head.weight", None)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    smollm2.model.save_pretrained(folder)
     smollm2.tokenizer.save_pretrained(folder)
     return smollm2.tokenizer
 

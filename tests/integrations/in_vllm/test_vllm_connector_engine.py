@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from support_vllm_engine import MARKS, run_engine, save_model
 
+from benchmarks.vllm_memory import ENGINES, draw_requests, memory
+
 pytestmark = MARKS
 
 CHILD = Path(__file__).parent / "connector_child.py"
 TEXT = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
 ENDINGS = (" Once upon a time", " The capital of France is", " def main():\n", " 1, 2, 3,")
 NEW = 24
-TOKEN_KIB = 30 * 2 * 3 * 64 * 4 / 1024  # of SmolLM2-135M in float32: K and V of 30 layers with 3 heads of 64
-BLOCK_KIB = 32 * TOKEN_KIB  # in each layer whole pages of the system
+BLOCK_KIB = 32 * 30 * 2 * 3 * 64 * 4 / 1024  # 32 tokens of SmolLM2-135M in float32: K and V of 30 layers, 3 heads of 64
 
 
 class Engines:
@@ -26,7 +27,7 @@ class Engines:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         tokenizer = save_model(folder)
-        text = tokenizer(TEXT)["input_ids"]
+        self.text = text = tokenizer(TEXT)["input_ids"]
         self.prompts = [text[:200] + tokenizer(end)["input_ids"] for end in ENDINGS]
         self.prompts.append(text[300 : 300 + 64])  # exactly two blocks, of which one can be loaded
         stock = self.run(None, [["memory"], ["generate", self.prompts, NEW], ["memory"]])["answers"]
@@ -105,20 +106,17 @@ def test_loads_within_a_step_and_memory_that_returns(engines: Engines) -> None:
     assert after["resident"] < engines.stock_kib[1] - 3 / 4 * (1 << 20)
 
 
-@pytest.mark.parametrize("scheduler", ["vLLM's", "kvmem's"])
-def test_resident_memory_follows_the_tokens_in_use(engines: Engines, scheduler: str) -> None:
-    """After each step: the tokens of the running requests in whole blocks, and 10 %. A request that has ended is given
-    back in the next step, so the tokens before a step count too."""
-    given = {} if scheduler == "vLLM's" else {"scheduler_cls": "kvmem.integrations.vllm.scheduler.KvmemScheduler"}
-    prompts = engines.prompts * 2
-    (seen,) = engines.run(kvmem(), [["trace", prompts, 8, 3]], enable_prefix_caching=False, **given)["answers"]
-    before = 0
-    for resident, tokens, requests in seen:
-        in_use = tokens * TOKEN_KIB * 1024 + (requests + 1) * BLOCK_KIB * 1024
-        assert resident <= 1.1 * max(in_use, before), (resident, tokens, requests)
-        before = in_use
-    peak = max(resident for resident, _, _ in seen)
-    assert peak > 200 * TOKEN_KIB * 1024 and seen[-1][0] <= BLOCK_KIB * 1024 < peak / 4
+def test_resident_memory_follows_the_tokens_in_use(engines: Engines, seed: int) -> None:
+    """After each step: the blocks of the running requests, one more, and 10 %. With vLLM's block manager and kvmem's."""
+    requests = draw_requests(8, engines.text, seed)
+    rows = memory(requests, engines.folder, lambda _: None)
+    assert [row.engine for row in rows] == list(ENGINES) and all(row.same_tokens for row in rows)
+    stock, *ours = rows
+    assert stock.start_bytes >= stock.kv_bytes and not stock.follows
+    longest = max(len(prompt) for prompt, _ in requests)
+    for row in ours:
+        assert row.follows and row.start_bytes == row.end_bytes == 0, row
+        assert longest // 32 * row.block_bytes <= row.peak_bytes < row.kv_bytes / 4
 
 
 def test_offloading_on_a_cpu_with_kvmems_policy(engines: Engines) -> None:
