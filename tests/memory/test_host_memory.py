@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 
 import pytest
@@ -175,6 +176,7 @@ del alloc
 
 
 def test_an_allocator_that_goes_returns_everything(backend: str) -> None:
+    gc.collect()  # or what other tests left would go meanwhile
     before = of_the_file("Rss")
     alloc = make(backend)
     world = World(alloc)

@@ -56,7 +56,8 @@ class PagedTable final : public PageTable {
   void zero_truncated(i64 index, i64 group, i64 tokens, Transaction& tx) override {
     zero_truncated(index, group, tokens, tokens, tx);
   }
-  bool eviction_scatters() const override { return groups_ > 1; }
+  // Another group, and the null block of a window, need whole pages.
+  bool eviction_scatters() const override { return groups_ > 1 || !has_reserved(0); }
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   TableView view(i64 group) const override;
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override;
